@@ -1,0 +1,92 @@
+"""Train a GPT: data, network, trainer, optimizer and schedule, fit, result.
+
+`python scripts/train.py --help` shows all that can be set.
+"""
+
+import math
+import sys
+import time
+from typing import Any
+
+from omegaconf import DictConfig
+
+from language_model.config import ConfigError, blamed_on, build, check, entry_point, one_of
+
+
+@entry_point("train")
+def main(config: DictConfig) -> None:
+    """Do one run, as the config says."""
+    import lightning as L  # here, so that --help and an unknown key need not wait for it
+
+    from language_model import report, run
+    from language_model.hardware import best_precision, device_type
+    from language_model.module import LanguageModel
+    from language_model.schedule import steps_in_run
+    from language_model.terminal import speak
+
+    speak()
+
+    # Build everything, working out what was left open; nothing is written until all of it has proved good.
+    check(config)
+    L.seed_everything(config.seed, workers=True, verbose=False)
+    folder = run.folder_for(config)
+    config.folder = str(folder)
+    checkpoint = run.checkpoint_to_resume(config.resume) if config.resume else None
+    data = build(config, "data")
+    config.vocab_size = config.vocab_size or data.tokenizer.vocab_size
+    network = build(config, "model")
+    config.trainer.precision = config.trainer.precision or best_precision(device_type(config.trainer.accelerator))
+    validates = data.has_validation and config.trainer.limit_val_batches != 0
+    monitored = ["val/loss", "val/perplexity", "train/loss_epoch"][0 if validates else 2 :]
+    config.monitor = config.monitor or monitored[0]
+    one_of("monitor", config.monitor, monitored)
+    callbacks = {name: callback for name, callback in build(config, "callbacks").items() if callback}
+    loggers = [logger for logger in build(config, "logger").values() if logger]
+    trainer = build(config, "trainer", callbacks=list(callbacks.values()), logger=loggers)
+    data.trainer = trainer  # the order of the windows depends on its devices
+    if config.total_steps is None:
+        config.total_steps = steps_in_run(len(data.train_dataloader()), trainer)
+    if config.total_steps is None and "total_steps" in config.schedule:
+        raise ConfigError(
+            "total_steps: the schedule needs an end; set trainer.max_epochs, trainer.max_steps or total_steps"
+        )
+    module = LanguageModel(network, build(config, "optimizer"), build(config, "schedule"))
+    with blamed_on("schedule"):
+        module.schedule(0)
+    with blamed_on("optimizer"):
+        module.configure_optimizers()
+    if "sample" in callbacks:
+        with blamed_on("callbacks.sample.prompt"):
+            data.tokenizer.encode(callbacks["sample"].prompt or data.opening)
+
+    with run.kept(folder, config, data.tokenizer, trainer.is_global_zero):
+        untrained_loss = report.announce(config, data, module, trainer)
+        result: dict[str, Any] = {
+            "status": "failed",
+            "guessing_loss": math.log(data.tokenizer.vocab_size),
+            "untrained_loss": untrained_loss,
+        }
+        started = time.perf_counter()
+        try:
+            trainer.fit(module, data, ckpt_path=checkpoint)
+            result["status"] = "finished"
+        except SystemExit:  # how lightning ends after SIGTERM and Ctrl-C, with statuses of its own
+            result["status"] = "interrupted"
+            report.interrupted(config, trainer.global_step)
+            sys.exit(143 if trainer.received_sigterm else 130)
+        except Exception as error:
+            result["error"] = f"{type(error).__name__}: {error}"
+            raise
+        finally:
+            result["seconds"] = time.perf_counter() - started
+            if trainer.is_global_zero:
+                result |= report.collect(module, trainer, config.monitor)
+                run.save_result(folder, result)
+        if "last" in callbacks and not trainer.fast_dev_run:
+            trainer.save_checkpoint(folder / "checkpoints" / "last.ckpt")
+        report.log_hyperparameters(config, result, trainer)
+        report.conclude(config, result)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,11 @@
+"""Train GPT language models with Lightning, Hydra and TensorBoard.
+
+The way of the data is one line, and these modules stand along it:
+
+    text file -> `tokenizer` -> `data` (windows, their order, batches) -> `gpt` -> logits
+    -> `module` (loss, metrics) -> `optim` and `schedule` -> checkpoints -> `generate`
+
+`callbacks` is what watches a run; `config` is Hydra's side: it checks configs and builds from them; `run` is what a
+run leaves on disk. Only `config`, `run` and the scripts know Hydra. `gpt`, `tokenizer`, `schedule`, `optim` and
+`generate` import nothing from the package, and `module` is handed the network, the optimizer and the schedule.
+"""

@@ -1,0 +1,245 @@
+"""A GPT in one file, read top to bottom: parts, attention, feed-forward, block, network.
+
+The defaults are GPT-2's parts. The others are switches of the same network:
+
+- ``position``: ``learned`` embeddings added to the tokens', or ``rotary`` (arXiv:2104.09864): queries and keys turned
+- ``norm``: ``layernorm`` or ``rmsnorm`` (arXiv:1910.07467)
+- ``activation``: ``gelu`` (its tanh form, as GPT-2), ``relu2`` (arXiv:2109.08668) or ``swiglu`` (arXiv:2002.05202)
+- ``qk_norm``: queries and keys normalised before they meet (arXiv:2010.04245)
+- ``bias``: bias vectors in the linear and layernorm layers
+- ``tie_embeddings``: one matrix embeds tokens and reads them out (arXiv:1608.05859)
+- ``zero_init``: projections that write to the residual stream start at zero, so each block starts as the identity
+
+Shapes: B batch, T time, C channels (d_model), H heads, D head size (C / H), V vocabulary.
+"""
+
+import math
+from typing import Annotated, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, PositiveInt
+from torch import Tensor, nn
+
+Probability = Annotated[float, Field(ge=0, lt=1)]
+
+
+class GPT(nn.Module):
+    """Tokens in, scores for each next token out: (B, T) int64 -> logits (B, T, V).
+
+    Args:
+        vocab_size: number of tokens V.
+        d_model: width C of the residual stream.
+        n_heads: attention heads H; divides d_model.
+        n_layers: blocks.
+        d_ff: hidden width of the feed-forward layer (of each half of it for swiglu).
+        max_seq_len: longest sequence T, in tokens.
+        dropout: probability of dropping a value, after the embedding, in attention, and at each block's two outputs.
+
+    Raises:
+        ValueError: n_heads does not divide d_model, or rotary positions meet an odd head size.
+    """
+
+    def __init__(
+        self,
+        vocab_size: PositiveInt,
+        d_model: PositiveInt,
+        n_heads: PositiveInt,
+        n_layers: PositiveInt,
+        d_ff: PositiveInt,
+        max_seq_len: PositiveInt,
+        dropout: Probability = 0.0,
+        position: Literal["learned", "rotary"] = "learned",
+        norm: Literal["layernorm", "rmsnorm"] = "layernorm",
+        activation: Literal["gelu", "relu2", "swiglu"] = "gelu",
+        qk_norm: bool = False,
+        bias: bool = True,
+        tie_embeddings: bool = True,
+        zero_init: bool = False,
+    ) -> None:
+        super().__init__()
+        if d_model % n_heads:
+            divisors = ", ".join(str(n) for n in range(1, d_model + 1) if d_model % n == 0)
+            raise ValueError(f"n_heads={n_heads} does not divide d_model={d_model}; allowed: {divisors}")
+        if position == "rotary" and d_model // n_heads % 2:
+            raise ValueError(f"position=rotary needs an even head size, and d_model / n_heads = {d_model // n_heads}")
+        self.max_seq_len = max_seq_len
+        self.token_embedding = nn.Embedding(vocab_size, d_model)
+        self.position_embedding = nn.Embedding(max_seq_len, d_model) if position == "learned" else None
+        self.dropout = Dropout(dropout)
+        self.blocks = nn.ModuleList(
+            Block(
+                make_norm(norm, d_model, bias),
+                Attention(d_model, n_heads, max_seq_len, dropout, position == "rotary", qk_norm, bias),
+                make_norm(norm, d_model, bias),
+                FeedForward(d_model, d_ff, activation, bias),
+                dropout,
+            )
+            for _ in range(n_layers)
+        )
+        self.norm = make_norm(norm, d_model, bias)
+        self.head = nn.Linear(d_model, vocab_size, bias=False)
+        self.init_weights(zero_init)
+        if tie_embeddings:
+            self.head.weight = self.token_embedding.weight
+
+    @torch.no_grad()
+    def init_weights(self, zero_init: bool) -> None:
+        """GPT-2's start: normal with standard deviation 0.02, 0.02 / sqrt(2 n_layers) where residuals add up.
+
+        With zero_init these projections, and an untied head, start at zero instead.
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+        residual_std = 0.0 if zero_init else 0.02 / math.sqrt(2 * len(self.blocks))
+        for module in self.modules():
+            if isinstance(module, Attention | FeedForward):
+                nn.init.normal_(module.out.weight, std=residual_std)
+        if zero_init:
+            nn.init.zeros_(self.head.weight)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Map tokens (B, T) int64 to logits (B, T, V); ValueError if T is above max_seq_len."""
+        _, T = tokens.shape
+        if self.max_seq_len < T:
+            raise ValueError(f"a sequence of {T} tokens is longer than max_seq_len={self.max_seq_len}")
+        x = self.token_embedding(tokens)  # (B, T, C)
+        if self.position_embedding is not None:
+            x = x + self.position_embedding.weight[:T]
+        x = self.dropout(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x))
+
+
+class Block(nn.Module):
+    """One transformer block, pre-norm: attention, then feed-forward, each added to the residual stream."""
+
+    def __init__(
+        self,
+        attention_norm: nn.Module,
+        attention: nn.Module,
+        ff_norm: nn.Module,
+        ff: nn.Module,
+        dropout: float,
+    ) -> None:
+        super().__init__()
+        self.attention_norm = attention_norm
+        self.attention = attention
+        self.feed_forward_norm = ff_norm
+        self.feed_forward = ff
+        self.dropout = Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, C) -> (B, T, C)."""
+        x = x + self.dropout(self.attention(self.attention_norm(x)))
+        return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
+
+
+class Attention(nn.Module):
+    """Causal self-attention with H heads."""
+
+    causal_mask: Tensor
+    rotation: Tensor
+
+    def __init__(
+        self,
+        d_model: int,
+        n_heads: int,
+        max_seq_len: int,
+        dropout: float,
+        rotary: bool,
+        qk_norm: bool,
+        bias: bool,
+    ) -> None:
+        super().__init__()
+        self.n_heads = n_heads
+        self.rotary = rotary
+        self.qk_norm = qk_norm
+        self.qkv = nn.Linear(d_model, 3 * d_model, bias=bias)
+        self.out = nn.Linear(d_model, d_model, bias=bias)
+        self.dropout = Dropout(dropout)
+        mask = torch.full((max_seq_len, max_seq_len), -math.inf).triu(1)
+        self.register_buffer("causal_mask", mask, persistent=False)
+        if rotary:
+            self.register_buffer("rotation", rotary_angles(max_seq_len, d_model // n_heads), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, C) -> (B, T, C); position t sees positions 0 to t only."""
+        B, T, C = x.shape
+        qkv = self.qkv(x).view(B, T, 3, self.n_heads, C // self.n_heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, H, T, D)
+        if self.rotary:
+            q, k = rotate(q, self.rotation[:, :T]), rotate(k, self.rotation[:, :T])
+        if self.qk_norm:
+            q, k = F.rms_norm(q, q.shape[-1:]).to(v.dtype), F.rms_norm(k, k.shape[-1:]).to(v.dtype)
+        dropping = self.training and self.dropout.p > 0
+        if x.device.type == "cpu" and (dropping or q.dtype == torch.bfloat16):
+            # On CPUs torch's fused kernel is the slower one in bfloat16 and under dropout.
+            scores = (q / math.sqrt(q.shape[-1])) @ k.transpose(-2, -1) + self.causal_mask[:T, :T].to(q.dtype)
+            y = self.dropout(scores.softmax(-1).to(v.dtype)) @ v
+        else:
+            dropout_p = self.dropout.p if dropping else 0.0
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout_p)
+        return self.out(y.transpose(1, 2).reshape(B, T, C))
+
+
+class FeedForward(nn.Module):
+    """The two (for swiglu three) matrices that treat each position by itself."""
+
+    def __init__(self, d_model: int, d_ff: int, activation: str, bias: bool) -> None:
+        super().__init__()
+        self.activation = activation
+        self.up = nn.Linear(d_model, 2 * d_ff if activation == "swiglu" else d_ff, bias=bias)
+        self.out = nn.Linear(d_ff, d_model, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, C) -> (B, T, C)."""
+        x = self.up(x)
+        if self.activation == "gelu":
+            x = F.gelu(x, approximate="tanh")
+        elif self.activation == "relu2":
+            x = F.relu(x).square()
+        else:
+            gate, value = x.chunk(2, dim=-1)
+            x = F.silu(gate) * value
+        return self.out(x)
+
+
+class Dropout(nn.Dropout):
+    """``nn.Dropout`` with masks at a third of the cost on a CPU, where drawing them is a third of a small model's step.
+
+    One 64-bit draw decides for four values, so the probability is p rounded to a multiple of 1/65,536; what stays
+    is scaled by exactly the inverse of the probability of staying.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Any shape in, the same shape out; the identity in eval mode."""
+        if not self.training or self.p == 0 or x.device.type != "cpu":
+            return super().forward(x)
+        dropped = round(self.p * 65_536)  # of the 65,536 equally likely values of 16 bits
+        bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
+        keep = bits[: x.numel()].view(x.shape) >= dropped - 32_768
+        return x * keep.to(x.dtype).mul_(65_536 / (65_536 - dropped))
+
+
+def make_norm(norm: str, d_model: int, bias: bool) -> nn.Module:
+    """Return the normalisation layer called `norm`."""
+    return nn.LayerNorm(d_model, bias=bias) if norm == "layernorm" else nn.RMSNorm(d_model, eps=1e-6)
+
+
+def rotary_angles(max_seq_len: int, head_size: int) -> Tensor:
+    """Cosines and sines (2, T, D/2) of position × 10000^(-2i/D), arXiv:2104.09864 section 3.2.2."""
+    frequencies = 10_000.0 ** (-torch.arange(0, head_size, 2) / head_size)
+    angles = torch.outer(torch.arange(max_seq_len), frequencies)
+    return torch.stack((angles.cos(), angles.sin()))
+
+
+def rotate(x: Tensor, rotation: Tensor) -> Tensor:
+    """Turn each pair (x[i], x[i + D/2]) of x (B, H, T, D) by its position's angle."""
+    cos, sin = rotation.to(x.dtype)
+    x1, x2 = x.chunk(2, dim=-1)
+    return torch.cat((x1 * cos - x2 * sin, x1 * sin + x2 * cos), dim=-1)

@@ -1,0 +1,134 @@
+"""The training step, its metrics, and the optimizer with its schedule."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_, clip_grad_value_, get_total_norm
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from language_model.data import IGNORED
+
+Batch = tuple[Tensor, Tensor]
+
+
+class LanguageModel(L.LightningModule):
+    """A network that learns to predict the next token.
+
+    Logs at every `log_every_n_steps`-th optimizer step: ``train/loss`` (mean over the step's batches, nats a token),
+    ``lr`` and ``train/grad_norm`` (before clipping) of that step; at the end of an epoch ``train/loss_epoch``, the
+    mean over the epoch's batches; after a validation ``val/loss`` (mean over all tokens) and
+    ``val/perplexity`` = exp(val/loss).
+
+    Args:
+        network: tokens (B, T) int64 -> logits (B, T, V).
+        optimizer: named parameters -> optimizer.
+        schedule: step -> learning rate; the rate of every parameter group follows its course.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        optimizer: Callable[[Iterable[tuple[str, nn.Parameter]]], Optimizer],
+        schedule: Callable[[int], float],
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self.make_optimizer = optimizer
+        self.schedule = schedule
+        self.grad_norm = torch.zeros(())  # of the last step, before clipping
+        self.last_lr = 0.0  # that the last step was taken with
+        self._step_loss = Mean()
+        self.epoch_loss = Mean()  # of the training batches
+        self._val_loss = Mean()
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(B, T) int64 -> logits (B, T, V)."""
+        return self.network(tokens)
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Return the mean cross-entropy of a batch, in nats a token."""
+        inputs, targets = batch
+        return F.cross_entropy(self(inputs).flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Return the loss of a batch."""
+        loss = self.loss(batch)
+        self._step_loss.add(loss.detach())
+        self.epoch_loss.add(loss.detach())
+        return loss
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip as the trainer is set, and keep the norm from before: once per optimizer step, with no second pass."""
+        parameters = [p for p in self.network.parameters() if p.grad is not None]
+        if gradient_clip_val and gradient_clip_algorithm != "value":
+            self.grad_norm = clip_grad_norm_(parameters, gradient_clip_val)
+        else:
+            self.grad_norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+            if gradient_clip_val:
+                clip_grad_value_(parameters, gradient_clip_val)
+        self.last_lr = optimizer.param_groups[0]["lr"]
+        # self.log costs more than a small model's step, so it is called for steps that are written only.
+        if (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0:
+            self.log("train/loss", self._step_loss.value, sync_dist=True)
+            self.log_dict({"lr": self.last_lr, "train/grad_norm": self.grad_norm})
+        self._step_loss = Mean()
+
+    def on_train_epoch_start(self) -> None:
+        """Start the epoch's mean."""
+        self.epoch_loss = Mean()
+
+    def on_train_epoch_end(self) -> None:
+        """Log the epoch's mean loss."""
+        self.log("train/loss_epoch", self.epoch_loss.value, sync_dist=True)
+
+    def on_validation_epoch_start(self) -> None:
+        """Start the split's mean."""
+        self._val_loss = Mean()
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Add a batch to the split's mean, weighted by its tokens."""
+        num_tokens = (batch[1] != IGNORED).sum()
+        self._val_loss.add(self.loss(batch), num_tokens)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the loss over the whole split, all ranks together."""
+        sums = torch.as_tensor([self._val_loss.total, self._val_loss.weight], device=self.device)
+        total, weight = self.trainer.strategy.reduce(sums, reduce_op="sum")
+        loss = total / weight
+        self.log_dict({"val/loss": loss, "val/perplexity": loss.exp()})
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """Return the optimizer, and a LambdaLR that sets the schedule's rate before each step."""
+        optimizer = self.make_optimizer(self.network.named_parameters())
+        peak, schedule = optimizer.param_groups[0]["lr"], self.schedule
+        # A function, not an object: LambdaLR would bring an object's attributes back from a checkpoint.
+        scheduler = LambdaLR(optimizer, lambda step: schedule(step) / peak)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+class Mean:
+    """A weighted mean that stays on its tensors' device: adding to it waits for nothing."""
+
+    def __init__(self) -> None:
+        self.total: Tensor | float = 0.0
+        self.weight: Tensor | float = 0.0
+
+    def add(self, value: Tensor, weight: Tensor | float = 1.0) -> None:
+        """Count `value` with `weight`."""
+        self.total = self.total + value * weight
+        self.weight = self.weight + weight
+
+    @property
+    def value(self) -> Tensor:
+        """The mean of what was added."""
+        return torch.as_tensor(self.total / self.weight)
