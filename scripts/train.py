@@ -36,6 +36,8 @@ def main(config: DictConfig) -> None:
     config.vocab_size = config.vocab_size or data.tokenizer.vocab_size
     network = build(config, "model")
     config.trainer.precision = config.trainer.precision or best_precision(device_type(config.trainer.accelerator))
+    if config.trainer.precision == "16-mixed" and config.optimizer.get("fused"):
+        raise ConfigError("optimizer.fused=true: does not go with trainer.precision=16-mixed; set it to false")
     validates = data.has_validation and config.trainer.limit_val_batches != 0
     monitored = ["val/loss", "val/perplexity", "train/loss_epoch"][0 if validates else 2 :]
     config.monitor = config.monitor or monitored[0]
@@ -44,8 +46,9 @@ def main(config: DictConfig) -> None:
     loggers = [logger for logger in build(config, "logger").values() if logger]
     trainer = build(config, "trainer", callbacks=list(callbacks.values()), logger=loggers)
     data.trainer = trainer  # the order of the windows depends on its devices
-    if config.total_steps is None:
-        config.total_steps = steps_in_run(len(data.train_dataloader()), trainer)
+    limits = ("max_epochs", "max_steps", "limit_train_batches", "accumulate_grad_batches")
+    steps = steps_in_run(len(data.order()), **{limit: config.trainer[limit] for limit in limits})
+    config.total_steps = steps if config.total_steps is None else config.total_steps
     if config.total_steps is None and "total_steps" in config.schedule:
         raise ConfigError(
             "total_steps: the schedule needs an end; set trainer.max_epochs, trainer.max_steps or total_steps"
@@ -55,16 +58,19 @@ def main(config: DictConfig) -> None:
         module.schedule(0)
     with blamed_on("optimizer"):
         module.configure_optimizers()
+    if checkpoint is not None:
+        run.check_unfinished(checkpoint, steps)
     if "sample" in callbacks:
         with blamed_on("callbacks.sample.prompt"):
             data.tokenizer.encode(callbacks["sample"].prompt or data.opening)
 
     with run.kept(folder, config, data.tokenizer, trainer.is_global_zero):
-        untrained_loss = report.announce(config, data, module, trainer)
+        untrained_loss = report.announce(config, data, module, trainer, steps)
         result: dict[str, Any] = {
             "status": "failed",
             "guessing_loss": math.log(data.tokenizer.vocab_size),
             "untrained_loss": untrained_loss,
+            "versions": run.versions(),
         }
         started = time.perf_counter()
         try:

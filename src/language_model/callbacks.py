@@ -1,5 +1,6 @@
 """What watches a run: the terminal, the throughput, the gradient norm, and the sample at the end."""
 
+import math
 import time
 from typing import Annotated, Any
 
@@ -25,12 +26,16 @@ class Throughput(Callback):
         self.seconds = 0.0
         self._last = (0, 0.0)  # tokens and seconds at the last log
         self._since: float | None = None
-        self._logged_step = -1
+        self._logged_step = 0
 
     @property
     def tokens_per_sec(self) -> float:
         """The mean over the run."""
         return self.tokens / self.seconds if self.seconds else 0.0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Note where the run starts."""
+        self._logged_step = trainer.global_step
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Start the clock, unless it runs."""
@@ -78,7 +83,11 @@ class GradientNorm(Callback):
         self.steps = 0
         self._sums: torch.Tensor | None = None  # sum, maximum, clipped steps, far steps in a row, longest such row
         self._warned = False
-        self._last_step = -1
+        self._last_step = 0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Note where the run starts."""
+        self._last_step = trainer.global_step
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Add a step's norm; all on its device, so nothing waits but the steps that are logged."""
@@ -172,7 +181,6 @@ class Console(ProgressBar):
     def __init__(self, log_interval: PositiveInt = 5) -> None:
         super().__init__()
         self.log_interval = log_interval
-        self.total_steps: int | None = None
         self._bar: Progress | None = None
         self._enabled = True
         self._started = 0.0
@@ -201,7 +209,10 @@ class Console(ProgressBar):
                 transient=True,
                 refresh_per_second=4,
             )
-            self._bar.add_task("step", total=self.total_steps, completed=trainer.global_step, values="")
+            total = trainer.estimated_stepping_batches
+            self._bar.add_task(
+                "step", total=None if math.isinf(total) else total, completed=trainer.global_step, values=""
+            )
             self._bar.start()
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -217,21 +228,13 @@ class Console(ProgressBar):
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Say the epoch's line, if it is its turn."""
         if trainer.current_epoch % self.log_interval == 0:
-            self._say_epoch(trainer, pl_module)
+            self._say_epoch(trainer, pl_module, trainer.current_epoch)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Say a line for a validation inside an epoch."""
-        if (
-            trainer.state.fn == "fit"
-            and not trainer.sanity_checking
-            and not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
-        ):
-            self._say(
-                trainer,
-                pl_module,
-                f"Step {trainer.global_step:,}",
-                trainer.callback_metrics.get("train/loss"),
-            )
+        fitting = trainer.state.fn == "fit" and not trainer.sanity_checking
+        if fitting and not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+            self._say(trainer, pl_module, f"Step {trainer.global_step:,}")
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Say the last epoch's line, and take the bar away."""
@@ -247,18 +250,15 @@ class Console(ProgressBar):
             self._bar.stop()
             self._bar = None
 
-    def _say_epoch(self, trainer: L.Trainer, pl_module: Any, epoch: int | None = None) -> None:
-        epoch = trainer.current_epoch if epoch is None else epoch
+    def _say_epoch(self, trainer: L.Trainer, pl_module: Any, epoch: int) -> None:
         if epoch > self._said_epoch:
             self._said_epoch = epoch
-            self._say(trainer, pl_module, f"Epoch {epoch:3d}", pl_module.epoch_loss.value)
+            self._say(trainer, pl_module, f"Epoch {epoch:3d}")
 
-    def _say(self, trainer: L.Trainer, pl_module: Any, when: str, loss: torch.Tensor | None) -> None:
+    def _say(self, trainer: L.Trainer, pl_module: Any, when: str) -> None:
         if not self._enabled:
             return
-        parts = [when]
-        if loss is not None:
-            parts.append(f"Loss: {loss:.4f}")
+        parts = [when, f"Loss: {pl_module.epoch_loss.value:.4f}"]
         if "val/loss" in trainer.callback_metrics:
             parts.append(f"Val loss: {trainer.callback_metrics['val/loss']:.4f}")
         parts += [f"LR: {pl_module.last_lr:.6f}", f"Time: {time.perf_counter() - self._started:.1f}s"]

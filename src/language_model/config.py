@@ -10,6 +10,7 @@ import functools
 import inspect
 import json
 import os
+import pkgutil
 import re
 import secrets
 import sys
@@ -38,7 +39,7 @@ from pydantic import ValidationError as PydanticError
 
 ROOT = Path(__file__).resolve().parents[2]
 
-Name = Annotated[str, Field(pattern=r"^\w[\w.=,+-]*$", max_length=100)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.=,+-]*$", max_length=100)]
 
 # The keys that belong to the run as a whole and not to a node with a _target_.
 SETTINGS: dict[str, Any] = {
@@ -146,8 +147,10 @@ def check_node(path: str, node: Mapping[str, Any], allow_null: bool = False) -> 
     """Check a node, and the nodes in it, against the parameters of their targets."""
     parameters: Mapping[str, Any] | None = None
     if "_target_" in node:
-        with blamed_on(f"{path}._target_"):
-            target = hydra.utils.get_object(node["_target_"])
+        try:
+            target = pkgutil.resolve_name(node["_target_"])
+        except (ImportError, AttributeError, ValueError) as error:
+            raise ConfigError(f"{path}._target_={node['_target_']}: {one_line(str(error))}") from error
         function = target.__init__ if inspect.isclass(target) else target
         parameters = inspect.signature(target).parameters
         annotations = typing.get_type_hints(function, include_extras=True)
@@ -225,9 +228,9 @@ def near(name: str, known: Iterable[str], elsewhere: Iterable[str] = ()) -> str:
 
 def plain(config: DictConfig) -> dict[str, Any]:
     """Return a config as dicts and lists, interpolations resolved; ConfigError for a value that is missing."""
-    for key in OmegaConf.missing_keys(config):
-        raise ConfigError(f"{key}: a value is needed, as {key}=...")
     try:
+        for key in OmegaConf.missing_keys(config):
+            raise ConfigError(f"{key}: a value is needed, as {key}=...")
         return OmegaConf.to_container(config, resolve=True)  # type: ignore[return-value]  # not a list
     except OmegaConfBaseException as error:
         raise ConfigError(one_line(str(error))) from error

@@ -179,8 +179,10 @@ class Attention(nn.Module):
         dropping = self.training and self.dropout.p > 0
         if x.device.type == "cpu" and (dropping or q.dtype == torch.bfloat16):
             # On CPUs torch's fused kernel is the slower one in bfloat16 and under dropout.
-            scores = (q / math.sqrt(q.shape[-1])) @ k.transpose(-2, -1) + self.causal_mask[:T, :T].to(q.dtype)
-            y = self.dropout(scores.softmax(-1).to(v.dtype)) @ v
+            mask = self.causal_mask[:T, :T].to(q.dtype)
+            q, k = q.flatten(0, 1), k.flatten(0, 1)  # (B H, T, D)
+            scores = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=1 / math.sqrt(q.shape[-1]))  # (B H, T, T)
+            y = self.dropout(scores.softmax(-1).to(v.dtype)).view(B, -1, T, T) @ v
         else:
             dropout_p = self.dropout.p if dropping else 0.0
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout_p)
@@ -212,18 +214,18 @@ class FeedForward(nn.Module):
 class Dropout(nn.Dropout):
     """``nn.Dropout`` with masks at a third of the cost on a CPU, where drawing them is a third of a small model's step.
 
-    One 64-bit draw decides for four values, so the probability is p rounded to a multiple of 1/65,536; what stays
-    is scaled by exactly the inverse of the probability of staying.
+    One 64-bit draw decides for eight values, so the probability is p rounded to a multiple of 1/256, though never to
+    0 or 1; what stays is scaled by exactly the inverse of the probability of staying.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         """Any shape in, the same shape out; the identity in eval mode."""
         if not self.training or self.p == 0 or x.device.type != "cpu":
             return super().forward(x)
-        dropped = round(self.p * 65_536)  # of the 65,536 equally likely values of 16 bits
-        bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
-        keep = bits[: x.numel()].view(x.shape) >= dropped - 32_768
-        return x * keep.to(x.dtype).mul_(65_536 / (65_536 - dropped))
+        dropped = min(max(1, round(self.p * 256)), 255)  # of the 256 equally likely values of a byte
+        bits = torch.empty(-(-x.numel() // 8), dtype=torch.int64).random_(-(2**63), None).view(torch.int8)
+        keep = bits[: x.numel()].view(x.shape) >= dropped - 128
+        return x * keep.to(x.dtype).mul_(256 / (256 - dropped))
 
 
 def make_norm(norm: str, d_model: int, bias: bool) -> nn.Module:

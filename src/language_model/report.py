@@ -31,7 +31,7 @@ def untrained_loss(module: LanguageModel, data: TextData, device: torch.device) 
     return float(loss)
 
 
-def announce(config: DictConfig, data: TextData, module: LanguageModel, trainer: L.Trainer) -> float:
+def announce(config: DictConfig, data: TextData, module: LanguageModel, trainer: L.Trainer, steps: int | None) -> float:
     """Say what will happen, with a warning if the untrained loss is far from guessing; return that loss."""
     batches = len(data.train_dataloader())
     tokens = data.batch_size * data.seq_len * trainer.world_size * trainer.accumulate_grad_batches
@@ -40,7 +40,7 @@ def announce(config: DictConfig, data: TextData, module: LanguageModel, trainer:
     untrained = untrained_loss(module, data, device)
     many = f" × {trainer.world_size}" if trainer.world_size > 1 else ""
     epochs = f", {trainer.max_epochs} epochs" if (trainer.max_epochs or -1) > 0 else ""
-    total = f"{config.total_steps:,} in all" if config.total_steps else "without end"
+    total = f"{steps:,} in all" if steps else "without end"
     split = f", {len(data.val_tokens):,} of them for validation" if data.val_tokens is not None else ""
     parameters = sum(p.numel() for p in module.network.parameters())
     lines = {

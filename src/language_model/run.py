@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
@@ -50,7 +51,7 @@ def folder_for(config: DictConfig) -> Path:
 
 def safe_name(overrides: str, longest: int = 120) -> str:
     """Return a folder name for a job's overrides: no character that a file system minds, bounded, none alike."""
-    name = re.sub(r"[^\w.=,+-]+", "_", overrides)[:longest] or "defaults"
+    name = re.sub(r"[^\w.=,+-]+", "_", overrides, flags=re.ASCII)[:longest].lstrip(".") or "defaults"
     return name if name == (overrides or name) else f"{name}-{hashlib.sha256(overrides.encode()).hexdigest()[:8]}"
 
 
@@ -69,6 +70,21 @@ def checkpoint_to_resume(resume: str) -> Path:
             f"resume={resume}: {shown(checkpoint)} does not exist; a run's folder or a checkpoint is needed"
         )
     return checkpoint
+
+
+def check_unfinished(checkpoint: Path, total_steps: int | None) -> None:
+    """Raise ConfigError if a checkpoint is damaged, or has all the steps that the run would take."""
+    try:
+        steps = torch.load(checkpoint, map_location="meta", weights_only=True)["global_step"]
+    except Exception as error:
+        raise ConfigError(
+            f"resume: {shown(checkpoint)} is not a checkpoint of a run: {type(error).__name__}"
+        ) from error
+    if total_steps is not None and steps >= total_steps:
+        raise ConfigError(
+            f"resume: {shown(checkpoint)} was trained for {steps:,} steps already, and the run ends at "
+            f"{total_steps:,}; set a larger trainer.max_epochs or trainer.max_steps"
+        )
 
 
 @contextmanager
@@ -96,11 +112,17 @@ def kept(folder: Path, config: DictConfig, tokenizer: Any, first: bool = True) -
 
 
 def save_result(folder: Path, result: dict[str, Any]) -> None:
-    """Write ``result.json`` in one move, so that it is whole or not there; what is not finite becomes null."""
-    content = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in result.items()}
+    """Write ``result.json`` in one move, so that it is whole or not there; numbers that are not finite become null."""
     beside = folder / "result.json.tmp"
-    beside.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    beside.write_text(json.dumps(finite(result), indent=2, allow_nan=False) + "\n", encoding="utf-8")
     beside.replace(folder / "result.json")
+
+
+def finite(value: Any) -> Any:
+    """Return a value for JSON, which has no NaN and no infinity."""
+    if isinstance(value, dict):
+        return {key: finite(inner) for key, inner in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def versions() -> dict[str, str | None]:

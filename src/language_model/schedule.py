@@ -4,7 +4,6 @@ Each takes the step first; the rest comes from its file in ``conf/schedule``.
 """
 
 import math
-from typing import Any
 
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
@@ -48,16 +47,25 @@ def warmup_linear(
     return min_lr + (lr - min_lr) * (1 - decayed(step, warmup_steps, total_steps))
 
 
-def steps_in_run(batches_per_epoch: int, trainer: Any) -> int | None:
-    """Return the optimizer steps of a run that ends at the trainer's max_epochs or max_steps; None without either.
+def steps_in_run(
+    batches: int,
+    max_epochs: int | None,
+    max_steps: int = -1,
+    limit_train_batches: float | None = 1.0,
+    accumulate_grad_batches: int = 1,
+) -> int | None:
+    """Return the optimizer steps of a run of `batches` an epoch, by the trainer's settings; None for one without end.
 
-    The last, smaller accumulation of an epoch is a step too.
+    -1 for max_epochs and max_steps means no limit; limit_train_batches is a share (float) or a number (int). The
+    last, smaller accumulation of an epoch is a step too.
     """
-    limit = trainer.limit_train_batches
-    batches = int(batches_per_epoch * limit) if isinstance(limit, float) else min(batches_per_epoch, limit)
-    ends = [trainer.max_steps] if trainer.max_steps >= 0 else []
-    if trainer.max_epochs is not None and trainer.max_epochs >= 0:
-        ends.append(trainer.max_epochs * math.ceil(batches / trainer.accumulate_grad_batches))
+    if isinstance(limit_train_batches, float):
+        batches = int(batches * limit_train_batches)
+    elif limit_train_batches is not None:
+        batches = min(batches, limit_train_batches)
+    ends = [max_steps] if max_steps >= 0 else []
+    if max_epochs is not None and max_epochs >= 0:
+        ends.append(max_epochs * math.ceil(batches / accumulate_grad_batches))
     return min(ends, default=None)
 
 

@@ -1,0 +1,178 @@
+import sys
+from typing import Literal
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf
+from pydantic import PositiveInt
+
+from language_model.config import ROOT, ConfigError, build, check, entry_point, flat, name_or_time, plain
+
+CONF = ROOT / "conf"
+GROUPS = sorted(
+    f"{path.parent.name}={path.stem}"
+    for path in CONF.glob("*/*.yaml")
+    if path.parent.name not in ("data", "experiment")
+)
+
+
+def composed(*overrides: str) -> DictConfig:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose("train", list(overrides))
+
+
+@pytest.mark.parametrize("choice", [*GROUPS, "data=sonnets", "experiment=modern"])
+def test_every_file_in_conf_fits_what_it_builds(choice: str) -> None:
+    check(composed(choice))
+
+
+def test_the_defaults_are_the_chapters_section_8() -> None:
+    config = composed()
+    chapter = {
+        "model.d_model": 64, "model.n_heads": 4, "model.n_layers": 4, "model.d_ff": 256, "model.max_seq_len": 64,
+        "model.dropout": 0.1, "data.batch_size": 32, "data.seq_len": 64, "data.stride": 1, "trainer.max_epochs": 50,
+        "optimizer.lr": 3e-4, "optimizer.betas": [0.9, 0.999], "optimizer.weight_decay": 0.01,
+        "schedule.min_lr": 1e-5, "schedule.warmup_steps": 50, "trainer.gradient_clip_val": 1.0,
+        "callbacks.console.log_interval": 5, "callbacks.every.every_n_epochs": 25,
+    }  # fmt: skip
+    values = flat(plain(config))
+    assert {key: values[key] for key in chapter} == chapter
+    assert values["optimizer._target_"] == "language_model.optim.adamw"
+    assert values["trainer.accelerator"] == "auto"
+
+
+def test_every_parameter_that_can_be_set_is_listed() -> None:
+    """No guessing of +keys: what the package's own parts take stands in the config."""
+    import inspect
+
+    import hydra
+
+    for key, node in plain(composed()).items():
+        nodes = (
+            [node]
+            if isinstance(node, dict) and "_target_" in node
+            else list(node.values())
+            if isinstance(node, dict)
+            else []
+        )
+        for part in nodes:
+            if not part["_target_"].startswith("language_model."):
+                continue
+            taken = set(inspect.signature(hydra.utils.get_object(part["_target_"])).parameters)
+            assert taken - set(part) <= {"named_parameters", "step"}, key
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["optimizer.lr=abc"], 'optimizer.lr="abc": input should be a valid number'),
+        (["optimizer.lr=-1"], "optimizer.lr=-1: input should be greater than 0"),
+        (["optimizer.lr=0"], "optimizer.lr=0: input should be greater than 0"),
+        (["optimizer.betas=[0.9,1.0]"], "optimizer.betas=[0.9, 1.0]: item 1: input should be less than 1"),
+        (["model.d_model=64.5"], "model.d_model=64.5: input should be a valid integer"),
+        (["model.d_model=true"], "model.d_model=true: input should be a valid integer"),
+        (["model.dropout=1"], "model.dropout=1: input should be less than 1"),
+        (["model.norm=layer"], "model.norm=\"layer\": input should be 'layernorm' or 'rmsnorm'"),
+        (["data.batch_size=0"], "data.batch_size=0: input should be greater than 0"),
+        (["trainer.max_epochs=many"], 'trainer.max_epochs="many": input should be a valid integer'),
+        (["seed=-1"], "seed=-1: input should be greater than or equal to 0"),
+        (["name=a/b"], 'name="a/b": string should match pattern'),
+        (["name=.."], 'name="..": string should match pattern'),
+        (["+nonsense=1"], "nonsense: unknown key; known: "),
+        (["+model.nheads=1"], "model.nheads: unknown key; did you mean n_heads"),
+        (["+callbacks.x.y=1"], "callbacks.x.y: nothing takes this key"),
+        (["data=text"], "data.path: a value is needed, as data.path=..."),
+        (
+            ["optimizer._target_=torch.optim.Nix"],
+            "optimizer._target_=torch.optim.Nix: module 'torch.optim' has no attribute 'Nix'",
+        ),
+        (["model.d_ff=${nothing}"], "Interpolation key 'nothing' not found"),
+    ],
+)
+def test_a_wrong_value_is_told_in_one_line(overrides: list[str], says: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        check(composed(*overrides))
+    assert str(error.value).startswith(says) or says in str(error.value).split("; or")[0]
+    assert "\n" not in str(error.value)
+
+
+class Part:
+    """What a user may add: no schema but its annotations."""
+
+    def __init__(self, size: PositiveInt, kind: Literal["a", "b"] = "a", anything=None) -> None:
+        if size == 13:
+            raise RuntimeError("no\nluck")
+        if size == 14:
+            open("/does/not/exist")
+        self.size = size
+        self.kind = kind
+
+
+def node(**keys: object) -> DictConfig:
+    return OmegaConf.create({"part": {"_target_": f"{__name__}.Part", **keys}})
+
+
+def test_a_class_of_the_users_is_built_and_checked_by_its_annotations() -> None:
+    part = build(node(size=3, kind="b"), "part")
+    assert (part.size, part.kind) == (3, "b")
+    assert build(node(kind="b"), "part", size=4).size == 4
+    check(node(size=None))  # may be worked out later
+
+
+@pytest.mark.parametrize(
+    ("keys", "says"),
+    [
+        ({"size": None}, "part.size=null: input should be a valid integer"),
+        ({"size": 0}, "part.size=0: input should be greater than 0"),
+        ({"size": 1, "kind": "c"}, "part.kind=\"c\": input should be 'a' or 'b'"),
+        ({"size": 1, "kin": "a"}, "part.kin: unknown key; did you mean kind?"),
+        ({"size": 13}, "part: RuntimeError: no luck (HYDRA_FULL_ERROR=1 shows where)"),
+        ({"size": 14}, "part: /does/not/exist: no such file or directory"),
+    ],
+)
+def test_what_cannot_be_built_is_told_in_one_line(keys: dict, says: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        build(node(**keys), "part")
+    assert str(error.value) == says
+
+
+def test_names() -> None:
+    assert name_or_time("mine") == "mine"
+    assert name_or_time(7) == "7"
+    assert len({name_or_time(None) for _ in range(50)}) == 50
+
+
+@pytest.mark.parametrize(
+    ("argument", "says"),
+    [
+        ("model=smal", "model=smal: there is no such file in conf/model; choose from baby, gpt2, "),
+        ("modle=nano", "modle: unknown key; did you mean model?"),
+        ("optimizer.lrr=1", "optimizer.lrr: unknown key; did you mean lr?"),
+        ("lr=1", "lr: unknown key; did you mean optimizer.lr or schedule.lr?"),
+        ("optimizer.zzz=1", "optimizer.zzz: unknown key; known: lr, betas, "),
+        ("optimizer=sgd optimizer.momentun=1", "optimizer.momentun: unknown key; did you mean momentum"),
+        ("model=[nano", "no viable alternative at input '[nano'"),
+    ],
+)
+def test_an_override_that_hydra_refuses_is_told_in_one_line(
+    argument: str, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["train.py", *argument.split()])
+    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+    with pytest.raises(SystemExit) as stopped:
+        entry_point("train")(lambda config: pytest.fail("it ran"))()
+    assert str(stopped.value).startswith(f"error: {says}")
+    assert "\n" not in str(stopped.value)
+
+
+def test_a_config_error_ends_a_script_with_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def task(config: DictConfig) -> None:
+        raise ConfigError("seed=1: not today")
+
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+    with pytest.raises(SystemExit, match=r"^error: seed=1: not today$"):
+        entry_point("train")(task)()
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    with pytest.raises(ConfigError):
+        entry_point("train")(task)()

@@ -1,0 +1,45 @@
+import pytest
+import torch
+
+from language_model import hardware
+
+
+@pytest.mark.parametrize(
+    ("device", "capabilities", "cuda_has_bf16", "precision"),
+    [
+        ("cpu", {"avx512_bf16": True}, False, "bf16-mixed"),
+        ("cpu", {"amx_bf16": True, "avx512_bf16": False}, False, "bf16-mixed"),
+        ("cpu", {"avx512_bf16": False}, True, "32-true"),
+        ("cpu", {}, True, "32-true"),
+        ("cuda", {}, True, "bf16-mixed"),
+        ("cuda", {"avx512_bf16": True}, False, "32-true"),
+        ("mps", {"avx512_bf16": True}, True, "32-true"),
+    ],
+)
+def test_precision_follows_the_hardware(
+    monkeypatch: pytest.MonkeyPatch, device: str, capabilities: dict, cuda_has_bf16: bool, precision: str
+) -> None:
+    monkeypatch.setattr(hardware, "cpu_capabilities", lambda: capabilities)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: cuda_has_bf16)
+    assert hardware.best_precision(device) == precision
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "found", "device"),
+    [("cpu", "cuda", "cpu"), ("auto", "cuda", "cuda"), ("gpu", "mps", "mps"), ("auto", None, "cpu")],
+)
+def test_what_an_accelerator_stands_for(
+    monkeypatch: pytest.MonkeyPatch, accelerator: str, found: str | None, device: str
+) -> None:
+    monkeypatch.setattr(
+        torch.accelerator, "current_accelerator", lambda check_available: torch.device(found) if found else None
+    )
+    assert hardware.device_type(accelerator) == device
+
+
+def test_devices_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Card X")
+    assert hardware.describe(torch.device("cuda", 1)) == "Card X (cuda:1)"
+    assert hardware.describe(torch.device("cpu")).endswith(f"{torch.get_num_threads()} threads)")
+    assert hardware.describe(torch.device("mps")) == "mps"

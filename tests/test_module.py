@@ -1,0 +1,165 @@
+import math
+from functools import partial
+
+import lightning as L
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.loggers import CSVLogger
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from language_model.data import IGNORED
+from language_model.module import LanguageModel
+from language_model.optim import adamw
+from language_model.schedule import constant, warmup_cosine
+
+V = 5
+
+
+class Bigram(nn.Module):
+    """The smallest language model: a table of logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(V, V)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.table(tokens)
+
+
+class Recorder(L.Callback):
+    """Notes the loss, rate and gradient norm of every step."""
+
+    def __init__(self) -> None:
+        self.steps: list[tuple[float, float, float]] = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        if trainer.global_step > len(self.steps):
+            self.steps.append((float(outputs["loss"]), pl_module.last_lr, float(pl_module.grad_norm)))
+
+
+def batches(count: int, size: int = 4) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(5)
+    return [tuple(torch.randint(V, (2, size, 6), generator=generator).unbind(0)) for _ in range(count)]
+
+
+def loader(some: list) -> DataLoader:
+    return DataLoader(some, batch_size=None)
+
+
+def fit(tmp_path, network: nn.Module, train: list, val: list | None = None, lr=0.1, schedule=None, **trainer):
+    recorder = Recorder()
+    module = LanguageModel(network, partial(adamw, lr=lr, weight_decay=0.01), schedule or partial(constant, lr=lr))
+    logger = CSVLogger(tmp_path, name="", version="")
+    trainer = L.Trainer(
+        **{"max_epochs": 1, "accelerator": "cpu", "log_every_n_steps": 1, "gradient_clip_val": 1.0} | trainer,
+        callbacks=[recorder], logger=logger, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, num_sanity_val_steps=0,
+    )  # fmt: skip
+    trainer.fit(module, loader(train), loader(val) if val else None)
+    return recorder, trainer, module
+
+
+@pytest.mark.filterwarnings("ignore:.*")
+def test_training_is_the_chapters_loop(tmp_path) -> None:
+    """Loss, clipped gradients, AdamW and the rate of each step, against the loop as the chapter prints it."""
+    torch.manual_seed(1)
+    network, plain = Bigram(), Bigram()
+    plain.load_state_dict(network.state_dict())
+    data = batches(12)
+    schedule = partial(warmup_cosine, lr=0.1, total_steps=24, warmup_steps=5, min_lr=1e-3)
+    recorder, _, _ = fit(tmp_path, network, data, schedule=schedule, max_epochs=2, gradient_clip_val=0.05)
+
+    optimizer = torch.optim.AdamW(plain.parameters(), lr=0.1, weight_decay=0.01)
+    for step, (inputs, targets) in enumerate(data * 2):
+        rate = schedule(step)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        loss = nn.CrossEntropyLoss()(plain(inputs).view(-1, V), targets.view(-1))
+        optimizer.zero_grad()
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(plain.parameters(), 0.05)
+        optimizer.step()
+        assert norm > 0.05
+        assert recorder.steps[step] == pytest.approx((loss.item(), rate, norm.item()), rel=1e-5)
+    torch.testing.assert_close(network.table.weight, plain.table.weight, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:.*")
+def test_every_group_follows_the_schedule_from_its_own_peak(tmp_path) -> None:
+    def two_groups(named_parameters):
+        weight = [parameter for _, parameter in named_parameters]
+        return torch.optim.SGD([{"params": weight, "lr": 0.2}, {"params": [nn.Parameter(torch.zeros(1))], "lr": 0.04}])
+
+    module = LanguageModel(Bigram(), two_groups, partial(warmup_cosine, lr=0.2, total_steps=10, warmup_steps=4))
+    configured = module.configure_optimizers()
+    rates = []
+    for _ in range(10):
+        rates.append([group["lr"] for group in configured["optimizer"].param_groups])
+        configured["optimizer"].step()
+        configured["lr_scheduler"]["scheduler"].step()
+    for step, (first, second) in enumerate(rates):
+        expected = warmup_cosine(step, 0.2, 10, 4)
+        assert first == pytest.approx(expected)
+        assert second == pytest.approx(expected / 5)
+
+
+@pytest.mark.filterwarnings("ignore:.*")
+def test_what_is_logged(tmp_path) -> None:
+    data = batches(6)
+    recorder, trainer, _ = fit(tmp_path, Bigram(), data, lr=0.03, log_every_n_steps=2)
+    import csv
+
+    rows = list(csv.DictReader((tmp_path / "metrics.csv").open()))
+    steps = [row for row in rows if row["train/loss"]]
+    assert [int(row["step"]) for row in steps] == [1, 3, 5]
+    for row, (loss, rate, norm) in zip(steps, recorder.steps[1::2], strict=True):
+        assert float(row["train/loss"]) == pytest.approx(loss, rel=1e-5)
+        assert float(row["lr"]) == pytest.approx(rate)
+        assert float(row["train/grad_norm"]) == pytest.approx(norm, rel=1e-5)
+    mean = sum(loss for loss, _, _ in recorder.steps) / 6
+    assert float(trainer.callback_metrics["train/loss_epoch"]) == pytest.approx(mean, rel=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.*")
+@pytest.mark.parametrize("clip", [0.01, None])
+def test_an_accumulated_step_is_a_step_on_the_whole_batch(tmp_path, clip: float | None) -> None:
+    torch.manual_seed(2)
+    network, whole = Bigram(), Bigram()
+    whole.load_state_dict(network.state_dict())
+    data = batches(8)
+    joined = [tuple(torch.cat(parts) for parts in zip(*data[i : i + 4], strict=True)) for i in (0, 4)]
+    recorder, trainer, _ = fit(tmp_path / "a", network, data, accumulate_grad_batches=4, gradient_clip_val=clip)
+    expected, _, _ = fit(tmp_path / "b", whole, joined, gradient_clip_val=clip)
+    assert trainer.global_step == 2
+    assert [step[2] for step in recorder.steps] == pytest.approx([step[2] for step in expected.steps], rel=1e-4)
+    torch.testing.assert_close(network.table.weight, whole.table.weight, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.*")
+def test_clipping_by_value(tmp_path) -> None:
+    recorder, _, module = fit(tmp_path, Bigram(), batches(1), gradient_clip_val=1e-3, gradient_clip_algorithm="value")
+    assert recorder.steps[0][2] > 1e-2  # the norm before
+    assert module.network.table.weight.grad is None or module.network.table.weight.grad.abs().max() <= 1e-3
+
+
+@pytest.mark.filterwarnings("ignore:.*")
+def test_validation_loss_is_the_mean_over_tokens(tmp_path) -> None:
+    val = batches(2) + batches(1, size=1)
+    val[2][1][0, 2:] = IGNORED  # a short last window
+    _, trainer, module = fit(tmp_path, Bigram(), batches(1), val)
+    losses = [
+        loss
+        for inputs, targets in val
+        for loss, target in zip(
+            F.cross_entropy(module.network(inputs).flatten(0, 1), targets.flatten(), reduction="none").tolist(),
+            targets.flatten().tolist(),
+            strict=True,
+        )
+        if target != IGNORED
+    ]
+    assert len(losses) == 24 + 24 + 2
+    mean = sum(losses) / len(losses)
+    assert float(trainer.callback_metrics["val/loss"]) == pytest.approx(mean, rel=1e-5)
+    assert float(trainer.callback_metrics["val/perplexity"]) == pytest.approx(math.exp(mean), rel=1e-5)

@@ -1,0 +1,386 @@
+"""The script as a user runs it: mostly in this process, where coverage sees it, and the rest in one of its own."""
+
+import csv
+import json
+import math
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import ROOT, TINY, Script
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from language_model import run
+
+
+class Run:
+    """A run's folder, read back."""
+
+    def __init__(self, folder: Path, output: str = "") -> None:
+        self.folder = folder
+        self.output = output
+        self.result = json.loads((folder / "result.json").read_text())
+        self.config = yaml.safe_load((folder / "config.yaml").read_text())
+
+    def column(self, name: str) -> list[float]:
+        """A column of metrics.csv, without the rows where it is empty."""
+        rows = csv.DictReader((self.folder / "metrics.csv").read_text().splitlines())
+        return [float(row[name]) for row in rows if row[name]]
+
+    @property
+    def losses(self) -> list[float]:
+        return self.column("train/loss_epoch")
+
+    def checkpoint(self, name: str) -> dict:
+        return torch.load(self.folder / "checkpoints" / f"{name}.ckpt", weights_only=True)
+
+
+@pytest.fixture
+def train(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture):
+    """Run scripts/train.py in this process, writing to a folder of the test's."""
+    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+
+    def start(*overrides: str, name: str = "run", tiny: bool = True) -> Run:
+        folder = tmp_path / name
+        constant = "schedule=constant" in overrides  # which has no warmup to set
+        arguments = [*(TINY[:-1] if constant else TINY if tiny else []), f"folder={folder}", *overrides]
+        monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+        runpy.run_path(str(ROOT / "scripts" / "train.py"), run_name="__main__")
+        return Run(folder, capsys.readouterr().out)
+
+    return start
+
+
+def refused(train, *overrides: str) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        train(*overrides)
+    message = str(stopped.value)
+    assert message.startswith("error: ")
+    assert "\n" not in message
+    return message
+
+
+def test_a_run_says_what_it_does_and_leaves_a_whole_folder(train) -> None:
+    tiny = train()
+    out = tiny.output
+    for line in (
+        "corpus   sonnets.txt: 1,331 tokens, vocabulary 43",
+        "windows  1,315 of 16 tokens, stride 1",
+        "steps    41 batches an epoch, 16 in all, 2 epochs, 512 tokens a step",
+        "loss     guessing ln 43 = 3.7612, untrained 3.7",
+        "Epoch   0 | Loss: ",
+        "Epoch   1 | Loss: ",
+        "best     train/loss_epoch ",
+        "gradient norm largest ",
+        "Shall I",
+        "look     tensorboard --logdir ",
+        "go on    python ",
+    ):
+        assert line in out
+    assert "warning" not in out.lower()
+    names = {str(path.relative_to(tiny.folder)) for path in tiny.folder.rglob("*") if path.is_file()}
+    assert {name for name in names if "tfevents" not in name} == {
+        "config.yaml", "overrides.yaml", "tokenizer.json", "metrics.csv", "train.log", "result.json",
+        "checkpoints/best.ckpt", "checkpoints/last.ckpt", "tensorboard/hparams.yaml",
+    }  # fmt: skip
+    assert tiny.result["status"] == "finished"
+    assert tiny.result["steps"] == 16
+    assert tiny.result["epochs"] == 2
+    assert tiny.result["tokens"] == 16 * 512
+    assert tiny.result["metrics"]["train/loss_epoch"] == pytest.approx(tiny.losses[-1])
+    assert tiny.result["best"] == pytest.approx(min(tiny.losses))
+    assert tiny.result["guessing_loss"] == pytest.approx(math.log(43))
+    assert 0 <= tiny.result["clipped_share"] <= 1
+    assert tiny.result["versions"]["torch"]
+    assert tiny.config["vocab_size"] == 43
+    assert tiny.config["total_steps"] == 16
+    assert tiny.config["monitor"] == "train/loss_epoch"
+    assert tiny.config["trainer"]["precision"] in ("bf16-mixed", "32-true")
+    assert "${" not in (tiny.folder / "config.yaml").read_text()
+    assert "Epoch   1 | Loss: " in (tiny.folder / "train.log").read_text()
+    assert tiny.checkpoint("last")["global_step"] == 16
+    assert tiny.checkpoint("best")["global_step"] in (8, 16)
+
+
+def test_tensorboard_has_the_metrics_the_settings_and_the_sample(train) -> None:
+    tiny = train("callbacks.sample.prompt=Shall")
+    events = EventAccumulator(str(tiny.folder / "tensorboard"))
+    events.Reload()
+    assert {"train/loss", "train/loss_epoch", "lr", "train/grad_norm", "train/tokens_per_sec"} <= set(
+        events.Tags()["scalars"]
+    )
+    assert [point.step for point in events.Scalars("train/loss")] == [3, 7, 11, 15]
+    assert [point.value for point in events.Scalars("lr")] == pytest.approx(tiny.column("lr"))
+    assert "hp_metric" not in events.Tags()["scalars"]
+    (text,) = [events.Tensors(tag)[0].tensor_proto.string_val[0].decode() for tag in events.Tags()["tensors"]]
+    assert tiny.result["sample"] in text
+    assert tiny.result["sample"].startswith("Shall")
+    assert "_hparams_/session_start_info" in events.summary_metadata
+    content = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    assert b"optimizer.lr" in content
+    assert b"model.d_model" in content
+
+
+def test_the_seed_decides_everything(train) -> None:
+    first, again, other = train(name="a"), train(name="b"), train("seed=1", name="c")
+    assert first.losses == again.losses
+    assert first.losses[0] != other.losses[0]
+    weights, same = first.checkpoint("last")["state_dict"], again.checkpoint("last")["state_dict"]
+    assert all(torch.equal(weights[name], same[name]) for name in weights)
+    assert first.result["sample"] == again.result["sample"]
+
+
+def test_your_own_text_is_validated_and_the_best_is_kept(train, tmp_path: Path) -> None:
+    text = tmp_path / "mine.txt"
+    text.write_text("Всё смешалось в доме Облонских. " * 100, encoding="utf-8")
+    mine = train("data=text", f"data.path={text}", "data.batch_size=8", "trainer.max_epochs=3", "optimizer.lr=0.01")
+    assert mine.config["monitor"] == "val/loss"
+    assert "3,200 tokens, 320 of them for validation, vocabulary 2" in mine.output
+    assert "Val loss: " in mine.output
+    losses = mine.column("val/loss")
+    assert len(losses) == 3
+    assert mine.result["best"] == pytest.approx(min(losses))
+    assert mine.result["metrics"]["val/perplexity"] == pytest.approx(math.exp(losses[-1]))
+    assert mine.result["sample"].startswith("Всё смешалось")
+
+
+def test_validation_in_the_middle_of_an_epoch(train, tmp_path: Path) -> None:
+    text = tmp_path / "mine.txt"
+    text.write_text("abcdefgh" * 500, encoding="utf-8")
+    mine = train(
+        "data=text", f"data.path={text}", "trainer.val_check_interval=3", "callbacks.early_stopping.patience=1"
+    )
+    assert "Step 3 | Loss: " in mine.output
+    assert mine.result["status"] == "finished"
+    unseen = train("data=text", f"data.path={text}", "trainer.limit_val_batches=0", name="unseen")
+    assert unseen.config["monitor"] == "train/loss_epoch"
+
+
+def test_early_stopping_by_patience(train) -> None:
+    stopped = train(
+        "trainer.max_epochs=20", "callbacks.early_stopping.patience=2", "callbacks.early_stopping.min_delta=100"
+    )
+    assert stopped.result["epochs"] == 3  # the first is the best, and two did not improve
+    assert "stopped  after epoch 2: " in stopped.output
+
+
+def test_a_run_limited_by_steps(train) -> None:
+    limited = train("trainer.max_epochs=-1", "trainer.max_steps=11")
+    assert limited.result["steps"] == 11
+    assert limited.config["total_steps"] == 11
+    assert limited.checkpoint("last")["global_step"] == 11
+    endless = train("trainer.max_epochs=-1", "trainer.max_time=00:00:00:01", "schedule=constant", name="time")
+    assert endless.result["status"] == "finished"
+    assert endless.config["total_steps"] is None
+
+
+def test_training_on_from_a_run_is_training_once(train) -> None:
+    """At the end of an epoch, with no dropout: nothing but the order and the optimizer's state must carry over."""
+    same = ["model.dropout=0.0", "schedule.min_lr=0.0", "total_steps=32"]
+    whole = train(*same, "trainer.max_epochs=4", name="whole")
+    half = train(*same, "trainer.max_epochs=2", name="half")
+    rest = train(*same, "trainer.max_epochs=4", f"resume={half.folder}", name="rest")
+    assert half.losses + rest.losses == whole.losses
+    weights, expected = rest.checkpoint("last")["state_dict"], whole.checkpoint("last")["state_dict"]
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+    assert "trained for 16 steps already" in refused(train, *same, f"resume={half.folder}", "name=again")
+
+
+@pytest.mark.parametrize("experiment", sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml")))
+def test_every_experiment_takes_steps(train, experiment: str) -> None:
+    assert train(f"experiment={experiment}").result["status"] == "finished"
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+@pytest.mark.parametrize("schedule", ["constant", "warmup_linear"])
+def test_other_optimizers_and_schedules_learn(train, optimizer: str, schedule: str) -> None:
+    learned = train(f"optimizer={optimizer}", f"schedule={schedule}", "optimizer.lr=0.01", "trainer.max_epochs=4")
+    assert learned.losses[-1] < learned.result["untrained_loss"] - 0.2
+
+
+def test_a_model_class_of_ones_own(train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from torch import nn\n"
+        "class Mine(nn.Sequential):\n"
+        "    def __init__(self, vocab_size: int, d_model: int, max_seq_len: int):\n"
+        "        super().__init__(nn.Embedding(vocab_size, d_model), nn.Linear(d_model, vocab_size))\n"
+        "        self.max_seq_len = max_seq_len\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "conf" / "model").mkdir(parents=True)
+    (tmp_path / "conf" / "model" / "mine.yaml").write_text(
+        "_target_: mine.Mine\nvocab_size: ${vocab_size}\nd_model: 8\nmax_seq_len: 16\n"
+    )
+    mine = train(
+        f"hydra.searchpath=[file://{tmp_path / 'conf'}]", "model=mine", "trainer.max_epochs=2",
+        "schedule.warmup_steps=2", "trainer.limit_train_batches=4", "trainer.accelerator=cpu", tiny=False,
+    )  # fmt: skip
+    assert "model    731 parameters" in mine.output
+
+
+def test_a_strange_start_is_warned_of(train, monkeypatch: pytest.MonkeyPatch) -> None:
+    from language_model.gpt import GPT
+
+    monkeypatch.setattr(GPT, "init_weights", lambda self, zero_init: None)
+    assert "is far from guessing" in train("model.d_model=64", "model.tie_embeddings=true").output
+
+
+def test_fast_dev_run_and_switched_off_parts(train) -> None:
+    assert train("trainer.fast_dev_run=true").result["steps"] == 1
+    callbacks = ("best", "last", "every", "early_stopping", "console", "throughput", "gradient_norm", "sample")
+    bare = train(
+        *(f"callbacks.{name}=null" for name in callbacks), "logger.csv=null", "logger.tensorboard=null",
+        "trainer.gradient_clip_val=null", "trainer.max_epochs=1", "trainer.limit_train_batches=3", name="bare",
+    )  # fmt: skip
+    assert bare.result["status"] == "finished"
+    assert {path.name for path in bare.folder.iterdir()} == {
+        "config.yaml", "overrides.yaml", "tokenizer.json", "train.log", "result.json",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["model.n_heads=3"], "model: n_heads=3 does not divide d_model=16; allowed: 1, 2, 4, 8, 16"),
+        (["data.path=nothing.txt"], "data: nothing.txt: no such file or directory"),
+        (["data.batch_size=5000"], "data: 1,315 windows are too few for one batch of batch_size=5000"),
+        (["model.max_seq_len=2000"], "data: 1,331 tokens are too few for one window of seq_len=2000"),
+        (["schedule.warmup_steps=17"], "schedule: warmup_steps=17 is longer than the run of total_steps=16"),
+        (["trainer.precision=8"], 'trainer.precision=8: input should be 64, 32 or 16'),
+        (["trainer.accelerator=cuda"], "trainer: `CUDAAccelerator` can not run on your system"),
+        (["trainer.accelerator=abacus"], "trainer: You selected an invalid accelerator name"),
+        (["trainer.max_epochs=-1"], "total_steps: the schedule needs an end"),
+        (["trainer.max_epochs=0"], "schedule.total_steps=0: input should be greater than 0"),
+        (["monitor=val/loss"], "monitor=val/loss: there is no such one here; choose from train/loss_epoch"),
+        (["callbacks.sample.prompt='Shall 1'"], "callbacks.sample.prompt: character '1' (U+0031) at position 6"),
+        (["resume=nothing"], "resume=nothing: "),
+        (["optimizer=sgd", "optimizer.momentum=-1"], "optimizer: Invalid momentum value: -1"),
+        (["trainer.max_time=soon"], "trainer: `Timer(duration='soon')` is not a valid duration"),
+        (["trainer.precision=16-mixed"], "optimizer.fused=true"),
+    ],
+)  # fmt: skip
+def test_what_cannot_work_leaves_nothing_behind(train, tmp_path: Path, overrides: list[str], says: str) -> None:
+    if overrides == ["trainer.accelerator=cuda"] and torch.cuda.is_available():
+        pytest.skip("this machine has what the test expects to miss")
+    assert refused(train, *overrides).startswith(f"error: {says}")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_is_there_is_not_written_to(train) -> None:
+    first = train()
+    before = {path: path.stat().st_mtime_ns for path in first.folder.rglob("*")}
+    assert "is there already; choose another name, or remove it" in refused(train)
+    assert {path: path.stat().st_mtime_ns for path in first.folder.rglob("*")} == before
+
+
+def test_a_crash_is_on_record(train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from language_model.module import LanguageModel
+
+    def crash(self, batch, batch_idx):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(LanguageModel, "training_step", crash)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        train()
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["status"] == "failed"
+    assert result["error"] == "RuntimeError: out of memory"
+
+
+def test_from_another_directory_as_a_user_types_it(script: Script, tmp_path: Path) -> None:
+    """No folder given: it goes to the project's outputs, and the printed command goes on from there."""
+    name = f"test_{os.getpid()}"
+    folder = run.RUNS / name
+    try:
+        done = script("train.py", *TINY, f"name={name}", "model.dropout=0")
+        assert done.returncode == 0, done.stderr
+        assert done.stderr == ""
+        assert list(tmp_path.iterdir()) == []
+        assert Run(folder).result["status"] == "finished"
+    finally:
+        import shutil
+
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def test_help_and_config_are_readable(script: Script) -> None:
+    said = script("train.py", "--help").stdout
+    assert "experiment=modern" in said
+    assert "model: baby, gpt2" in said
+    assert "d_model: 64" in said
+    printed = yaml.safe_load(script("train.py", "--cfg", "job").stdout)
+    assert printed["optimizer"]["lr"] == 3e-4
+
+
+def test_a_sweep_runs_every_job_even_after_one_that_fails(script: Script, tmp_path: Path) -> None:
+    done = script("train.py", "-m", *TINY, f"hydra.sweep.dir={tmp_path}/sweep", "model.n_heads=1,3,2", "seed=1")
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("error: model: n_heads=3 does not divide d_model=16")
+    folders = sorted(path for path in (tmp_path / "sweep").iterdir() if path.is_dir())
+    runs = [Run(folder) for folder in folders]
+    assert [run.config["model"]["n_heads"] for run in runs] == [1, 2]
+    assert all("n_heads=" in folder.name for folder in folders)
+    # The third job is what it is alone: the ones before it left nothing in its way.
+    alone = script("train.py", *TINY, f"folder={tmp_path}/alone", "model.n_heads=2", "seed=1")
+    assert alone.returncode == 0, alone.stderr
+    assert Run(tmp_path / "alone").losses == runs[1].losses
+
+
+@pytest.mark.parametrize(("sent", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
+def test_a_signal_stops_a_run_with_its_status_and_a_checkpoint(tmp_path: Path, sent: int, status: int) -> None:
+    command = [
+        sys.executable,
+        str(ROOT / "scripts" / "train.py"),
+        *TINY,
+        f"folder={tmp_path}/run",
+        "trainer.max_epochs=100000",
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "run" / "checkpoints" / "last.ckpt").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(sent)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == status, said
+    assert "go on with: python" in said
+    stopped = Run(tmp_path / "run")
+    assert stopped.result["status"] == "interrupted"
+    assert stopped.checkpoint("last")["global_step"] == stopped.result["steps"]
+
+
+@pytest.mark.slow
+def test_the_chapters_run_comes_to_what_the_readme_says(train) -> None:
+    chapter = train("trainer.precision=32-true", tiny=False)
+    assert chapter.result["steps"] == 1_950
+    assert chapter.losses[0] == pytest.approx(3.5, abs=0.1)
+    assert 0.55 < chapter.result["best"] < 0.75
+    assert chapter.result["untrained_loss"] == pytest.approx(math.log(43), abs=0.05)
+
+
+@pytest.mark.slow
+def test_the_modern_recipe_beats_the_loss_the_chapter_prints(train) -> None:
+    modern = train("experiment=modern", tiny=False)
+    assert modern.result["best"] < 0.12
+    assert "Shall I compare thee to a summer's day?" in modern.result["sample"]
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(train, script: Script, tmp_path: Path) -> None:
+    """Data-parallel over two CPU processes with half the batch each: the same windows, so the same losses."""
+    alike = [*TINY, "model.dropout=0.0", "trainer.precision=32-true", "model.tie_embeddings=true"]
+    done = script(
+        "train.py", *alike, f"folder={tmp_path}/two", "trainer.devices=2", "trainer.strategy=ddp", "data.batch_size=16"
+    )
+    assert done.returncode == 0, done.stderr
+    two = Run(tmp_path / "two")
+    one = train(*alike, name="one")
+    assert two.losses == pytest.approx(one.losses, rel=1e-4)
+    assert done.stdout.count("Epoch   1 | Loss") == 1
