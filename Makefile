@@ -37,7 +37,7 @@ constraints:  ## make constraints.txt anew from the newest versions that pyproje
 	rm -rf .venv-constraints && $(PYTHON) -m venv .venv-constraints
 	.venv-constraints/bin/python -m pip install torch==2.13.0 -e ".[dev]"
 	{ echo "# The complete set that was tested; made by 'make constraints'."; \
-	  .venv-constraints/bin/python -m pip freeze --exclude-editable --exclude pip --exclude setuptools \
+	  .venv-constraints/bin/python -m pip freeze --all --exclude-editable --exclude pip \
 	  | sed -E 's/(==[^+ ]+)\+[^ ]+/\1/'; } > constraints.txt
 	rm -rf .venv-constraints
 

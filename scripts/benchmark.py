@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -32,9 +33,9 @@ V, C, H, LAYERS, FF, T, B, P = 43, 64, 4, 4, 256, 64, 32, 0.1
 @entry_point("benchmark")
 def main(config: DictConfig) -> None:
     """Run the contenders in turns; print their medians and the ratio to the plain loop, and keep the figures."""
-    contenders = {"plain loop, 32-true": lambda: in_new_process(config.epochs)}
+    contenders = {"plain loop, 32-true": partial(in_new_process, config.epochs)}
     for precision in ["bf16-mixed"] * has_bf16_units("cpu") + ["32-true"]:
-        contenders[f"scripts/train.py, {precision}"] = lambda precision=precision: run(config.epochs, precision)
+        contenders[f"scripts/train.py, {precision}"] = partial(run, config.epochs, precision)
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for i in range(config.rounds):
         for name, contender in contenders.items():

@@ -34,6 +34,8 @@ def main(config: DictConfig) -> None:
     checkpoint = run.checkpoint_to_resume(config.resume) if config.resume else None
     data = build(config, "data")
     config.vocab_size = config.vocab_size or data.tokenizer.vocab_size
+    if config.vocab_size < data.tokenizer.vocab_size:
+        raise ConfigError(f"vocab_size={config.vocab_size}: the tokenizer has {data.tokenizer.vocab_size} tokens")
     network = build(config, "model")
     config.trainer.precision = config.trainer.precision or best_precision(device_type(config.trainer.accelerator))
     if config.trainer.precision == "16-mixed" and config.optimizer.get("fused"):
@@ -59,7 +61,7 @@ def main(config: DictConfig) -> None:
     with blamed_on("optimizer"):
         module.configure_optimizers()
     if checkpoint is not None:
-        run.check_unfinished(checkpoint, steps)
+        run.check_resumable(checkpoint, module, steps)
     if "sample" in callbacks:
         with blamed_on("callbacks.sample.prompt"):
             data.tokenizer.encode(callbacks["sample"].prompt or data.opening)

@@ -117,6 +117,8 @@ def test_tensorboard_has_the_metrics_the_settings_and_the_sample(train) -> None:
         events.Tags()["scalars"]
     )
     assert [point.step for point in events.Scalars("train/loss")] == [3, 7, 11, 15]
+    assert len(events.Scalars("train/loss_epoch")) == 2
+    assert events.Scalars("best/train/loss_epoch")[0].value == pytest.approx(tiny.result["best"])
     assert [point.value for point in events.Scalars("lr")] == pytest.approx(tiny.column("lr"))
     assert "hp_metric" not in events.Tags()["scalars"]
     (text,) = [events.Tensors(tag)[0].tensor_proto.string_val[0].decode() for tag in events.Tags()["tensors"]]
@@ -190,7 +192,15 @@ def test_training_on_from_a_run_is_training_once(train) -> None:
     assert half.losses + rest.losses == whole.losses
     weights, expected = rest.checkpoint("last")["state_dict"], whole.checkpoint("last")["state_dict"]
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
-    assert "trained for 16 steps already" in refused(train, *same, f"resume={half.folder}", "name=again")
+    resume = f"resume={half.folder}"
+    assert "was trained for 16 steps already, and the run ends at 16" in refused(train, *same, resume)
+    assert "token_embedding.weight has the shape (43, 16) there and (43, 32) here" in refused(
+        train, *same, resume, "trainer.max_epochs=4", "model.d_model=32"
+    )
+    last = half.folder / "checkpoints" / "last.ckpt"
+    last.write_bytes(last.read_bytes()[:1_000])
+    assert "is not a run's checkpoint" in refused(train, *same, resume, "trainer.max_epochs=4")
+    assert not (half.folder.parent / "run").exists()
 
 
 @pytest.mark.parametrize("experiment", sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml")))
@@ -261,6 +271,7 @@ def test_fast_dev_run_and_switched_off_parts(train) -> None:
         (["monitor=val/loss"], "monitor=val/loss: there is no such one here; choose from train/loss_epoch"),
         (["callbacks.sample.prompt='Shall 1'"], "callbacks.sample.prompt: character '1' (U+0031) at position 6"),
         (["resume=nothing"], "resume=nothing: "),
+        (["vocab_size=42"], "vocab_size=42: the tokenizer has 43 tokens"),
         (["optimizer=sgd", "optimizer.momentum=-1"], "optimizer: Invalid momentum value: -1"),
         (["trainer.max_time=soon"], "trainer: `Timer(duration='soon')` is not a valid duration"),
         (["trainer.precision=16-mixed"], "optimizer.fused=true"),

@@ -178,11 +178,13 @@ class Attention(nn.Module):
             q, k = F.rms_norm(q, q.shape[-1:]).to(v.dtype), F.rms_norm(k, k.shape[-1:]).to(v.dtype)
         dropping = self.training and self.dropout.p > 0
         if x.device.type == "cpu" and (dropping or q.dtype == torch.bfloat16):
-            # On CPUs torch's fused kernel is the slower one in bfloat16 and under dropout.
-            mask = self.causal_mask[:T, :T].to(q.dtype)
-            q, k = q.flatten(0, 1), k.flatten(0, 1)  # (B H, T, D)
-            scores = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=1 / math.sqrt(q.shape[-1]))  # (B H, T, T)
-            y = self.dropout(scores.softmax(-1).to(v.dtype)).view(B, -1, T, T) @ v
+            # On CPUs torch's fused kernel is the slower one in bfloat16 and under dropout. Autocast would have the
+            # softmax in float32, where on a CPU it computes in float32 anyway and only the copies would be added.
+            with torch.autocast("cpu", enabled=False):
+                mask = self.causal_mask[:T, :T].to(q.dtype)
+                q, k = q.flatten(0, 1), k.flatten(0, 1)  # (B H, T, D)
+                scores = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=1 / math.sqrt(q.shape[-1]))  # (B H, T, T)
+                y = self.dropout(scores.softmax(-1)).view(B, -1, T, T) @ v
         else:
             dropout_p = self.dropout.p if dropping else 0.0
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout_p)

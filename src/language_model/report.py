@@ -91,10 +91,10 @@ def log_hyperparameters(config: DictConfig, result: dict[str, Any], trainer: L.T
     """Write a flat record of what was set, and the best value it gave, to TensorBoard: once, at the end."""
     sections = ("model", "data", "optimizer", "schedule", "trainer", "seed")
     settings = {key: value for key, value in flat(plain(config)).items() if key.split(".")[0] in sections}
-    metrics = {result["monitor"]: result["best"]} if "best" in result else {}
+    metrics = {f"best/{result['monitor']}": result["best"]} if "best" in result else {}
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
-            logger.log_hyperparams(settings, metrics)
+            logger.log_hyperparams(settings, metrics, step=trainer.global_step)
             logger.save()
 
 

@@ -20,7 +20,7 @@ from hydra.types import RunMode
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
-from language_model.config import ROOT, ConfigError, blamed_on, name_or_time
+from language_model.config import ROOT, ConfigError, blamed_on, name_or_time, one_line
 from language_model.terminal import log
 
 RUNS = ROOT / "outputs" / "runs"
@@ -72,18 +72,25 @@ def checkpoint_to_resume(resume: str) -> Path:
     return checkpoint
 
 
-def check_unfinished(checkpoint: Path, total_steps: int | None) -> None:
-    """Raise ConfigError if a checkpoint is damaged, or has all the steps that the run would take."""
+def check_resumable(checkpoint: Path, module: torch.nn.Module, steps: int | None) -> None:
+    """Raise ConfigError if a checkpoint is damaged, is another network's, or has all the run's `steps` behind it."""
     try:
-        steps = torch.load(checkpoint, map_location="meta", weights_only=True)["global_step"]
+        content = torch.load(checkpoint, map_location="meta", weights_only=True)
+        done, theirs = content["global_step"], {name: tuple(w.shape) for name, w in content["state_dict"].items()}
     except Exception as error:
+        why = one_line(str(error))[:200]
+        raise ConfigError(f"resume: {shown(checkpoint)} is not a run's checkpoint: {why}") from error
+    ours = {name: tuple(weight.shape) for name, weight in module.state_dict().items()}
+    for name in sorted(ours.keys() | theirs.keys()):
+        if ours.get(name) != theirs.get(name):
+            raise ConfigError(
+                f"resume: {shown(checkpoint)} is another network's: {name} has the shape {theirs.get(name)} there "
+                f"and {ours.get(name)} here"
+            )
+    if steps is not None and done >= steps:
         raise ConfigError(
-            f"resume: {shown(checkpoint)} is not a checkpoint of a run: {type(error).__name__}"
-        ) from error
-    if total_steps is not None and steps >= total_steps:
-        raise ConfigError(
-            f"resume: {shown(checkpoint)} was trained for {steps:,} steps already, and the run ends at "
-            f"{total_steps:,}; set a larger trainer.max_epochs or trainer.max_steps"
+            f"resume: {shown(checkpoint)} was trained for {done:,} steps already, and the run ends at {steps:,}; "
+            "set a larger trainer.max_epochs or trainer.max_steps"
         )
 
 
