@@ -76,6 +76,7 @@ def test_every_parameter_that_can_be_set_is_listed() -> None:
         (["data.batch_size=0"], "data.batch_size=0: input should be greater than 0"),
         (["trainer.max_epochs=many"], 'trainer.max_epochs="many": input should be a valid integer'),
         (["seed=-1"], "seed=-1: input should be greater than or equal to 0"),
+        (["seed=4294967296"], "seed=4294967296: input should be less than 4294967296"),
         (["name=a/b"], 'name="a/b": string should match pattern'),
         (["name=.."], 'name="..": string should match pattern'),
         (["+nonsense=1"], "nonsense: unknown key; known: "),

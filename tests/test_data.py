@@ -166,4 +166,4 @@ def test_line_ends_and_other_scripts_are_kept(tmp_path: Path) -> None:
     data = text_data(tmp_path, "学而时习之，\r\n不亦说乎？".encode())
     assert data.num_characters == 13
     assert "\r" in data.tokenizer.characters
-    assert data.opening == "学而时习之， 不亦说乎？"
+    assert data.opening == "学而时习之，\r\n不亦说乎？"

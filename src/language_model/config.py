@@ -30,7 +30,6 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import (
     ConfigDict,
     Field,
-    NonNegativeInt,
     PositiveInt,
     PydanticSchemaGenerationError,
     TypeAdapter,
@@ -44,7 +43,7 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.=,+-]*$", max_len
 # The keys that belong to the run as a whole and not to a node with a _target_.
 SETTINGS: dict[str, Any] = {
     "name": Name | int | None,
-    "seed": NonNegativeInt,
+    "seed": Annotated[int, Field(ge=0, lt=2**32)],  # numpy's limit
     "resume": str | None,
     "folder": str | None,
     "vocab_size": PositiveInt | None,

@@ -125,7 +125,8 @@ class TextData(L.LightningDataModule):
         train_text, val_text = text[: len(text) - num_val], text[len(text) - num_val :]
         self.tokenizer = CharTokenizer(train_text)
         self.num_characters = len(text)
-        self.opening = " ".join(re.findall(r"\S+", text[:100])[:2]) or text[0]  # the first words
+        words = re.search(r"\S+(\s+\S+)?", train_text[:100])
+        self.opening = words[0] if words else train_text[:1]  # the first two words
         self.train_windows = Windows(torch.tensor(self.tokenizer.encode(train_text)), seq_len)
         self.val_tokens: Tensor | None = None
         if val_fraction > 0:
