@@ -52,15 +52,15 @@ class Norms(L.Callback):
 @pytest.mark.filterwarnings("ignore:.*")
 def test_gradient_norms_are_summed_up() -> None:
     norms, summed = Norms(), GradientNorm()
-    fit([norms, summed], gradient_clip_val=0.12)
+    fit([norms, summed], gradient_clip_val=0.21)  # some are above, some below
     values = norms.values
     assert summed.summary(torch.tensor(values[-1])) == {
         "grad_norm_max": pytest.approx(max(values)),
         "grad_norm_mean": pytest.approx(sum(values) / 12),
         "grad_norm_last": pytest.approx(values[-1]),
-        "clipped_share": pytest.approx(sum(value > 0.12 for value in values) / 12),
+        "clipped_share": pytest.approx(sum(value > 0.21 for value in values) / 12),
     }
-    assert 0 < summed.summary(torch.tensor(0.0))["clipped_share"] <= 1
+    assert 0 < summed.summary(torch.tensor(0.0))["clipped_share"] < 1
     assert GradientNorm().summary(torch.tensor(0.0)) == {}
 
 

@@ -143,6 +143,23 @@ def test_initial_weights_are_gpt2s() -> None:
         assert not matrix.bias.any()
 
 
+def test_qk_norm_makes_the_scores_blind_to_the_length_of_queries_and_keys() -> None:
+    network = scrambled(qk_norm=True, bias=False)
+    tokens = torch.randint(11, (2, 9))
+    logits = network(tokens)
+    with torch.no_grad():
+        network.blocks[0].attention.qkv.weight[:32] *= 7.0  # queries and keys
+    torch.testing.assert_close(network(tokens), logits, rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        network.blocks[0].attention.qkv.weight[32:] *= 7.0  # values
+    assert (network(tokens) - logits).abs().max() > 0.01
+
+
+def test_with_zero_init_an_untied_head_guesses_evenly() -> None:
+    network = GPT(**SIZES, zero_init=True, tie_embeddings=False)
+    assert not network(torch.randint(11, (2, 9))).any()
+
+
 def test_with_zero_init_every_block_starts_as_the_identity() -> None:
     network = GPT(**SIZES, zero_init=True)
     x = torch.randn(2, 5, 16)

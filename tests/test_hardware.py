@@ -21,7 +21,9 @@ def test_precision_follows_the_hardware(
 ) -> None:
     monkeypatch.setattr(hardware, "cpu_capabilities", lambda: capabilities)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: cuda_has_bf16)
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation or cuda_has_bf16
+    )
     assert hardware.best_precision(device) == precision
 
 

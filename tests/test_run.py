@@ -22,6 +22,9 @@ def test_folder_names_are_safe_bounded_and_all_different(overrides: list[str]) -
 def test_plain_overrides_are_their_own_folder_name() -> None:
     assert run.safe_name("optimizer.lr=1e-2,seed=1") == "optimizer.lr=1e-2,seed=1"
     assert run.safe_name("") == "defaults"
+    long = [run.safe_name("data.path=" + "x" * 500 + end) for end in ("a", "b")]
+    assert max(map(len, long)) < 140
+    assert long[0] != long[1]
 
 
 def test_a_result_is_written_whole_and_as_plain_json(tmp_path: Path) -> None:

@@ -134,6 +134,7 @@ def test_the_seed_decides_everything(train) -> None:
     first, again, other = train(name="a"), train(name="b"), train("seed=1", name="c")
     assert first.losses == again.losses
     assert first.losses[0] != other.losses[0]
+    assert first.result["untrained_loss"] != other.result["untrained_loss"]
     weights, same = first.checkpoint("last")["state_dict"], again.checkpoint("last")["state_dict"]
     assert all(torch.equal(weights[name], same[name]) for name in weights)
     assert first.result["sample"] == again.result["sample"]
@@ -174,7 +175,7 @@ def test_early_stopping_by_patience(train) -> None:
 
 
 def test_a_run_limited_by_steps(train) -> None:
-    limited = train("trainer.max_epochs=-1", "trainer.max_steps=11")
+    limited = train("trainer.max_epochs=-1", "trainer.max_steps=11", "callbacks.last.every_n_epochs=5")
     assert limited.result["steps"] == 11
     assert limited.config["total_steps"] == 11
     assert limited.checkpoint("last")["global_step"] == 11
