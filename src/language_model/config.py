@@ -79,8 +79,11 @@ def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], None]], Ca
             try:
                 task(config)
             except ConfigError as error:
-                if traceback_wanted or HydraConfig.get().mode == RunMode.MULTIRUN:
-                    raise  # the sweep goes on with its other jobs, and raises at its end
+                if HydraConfig.get().mode == RunMode.MULTIRUN:
+                    print(f"error: {error}", file=sys.stderr)
+                    raise  # the sweep goes on with its other jobs, and ends with the first error
+                if traceback_wanted:
+                    raise
                 sys.exit(f"error: {error}")
 
         traceback_wanted = os.environ.get("HYDRA_FULL_ERROR", "0") != "0"
