@@ -161,7 +161,6 @@ class Sample(Callback):
         network.train(training)
         return prompt + tokenizer.decode(ids)
 
-    @torch.random.fork_rng()
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Draw the sample."""
         data: Any = trainer.datamodule
