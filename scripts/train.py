@@ -17,6 +17,7 @@ from language_model.config import ConfigError, blamed_on, build, check, entry_po
 def main(config: DictConfig) -> None:
     """Do one run, as the config says."""
     import lightning as L  # here, so that --help and an unknown key need not wait for it
+    from lightning.pytorch.callbacks import Checkpoint
 
     from language_model import report, run
     from language_model.hardware import best_precision, device_type
@@ -46,7 +47,8 @@ def main(config: DictConfig) -> None:
     one_of("monitor", config.monitor, monitored)
     callbacks = {name: callback for name, callback in build(config, "callbacks").items() if callback}
     loggers = [logger for logger in build(config, "logger").values() if logger]
-    trainer = build(config, "trainer", callbacks=list(callbacks.values()), logger=loggers)
+    saves = any(isinstance(callback, Checkpoint) for callback in callbacks.values())  # else lightning adds one
+    trainer = build(config, "trainer", callbacks=list(callbacks.values()), logger=loggers, enable_checkpointing=saves)
     data.trainer = trainer  # the order of the windows depends on its devices
     limits = ("max_epochs", "max_steps", "limit_train_batches", "accumulate_grad_batches")
     steps = steps_in_run(len(data.order()), **{limit: config.trainer[limit] for limit in limits})
