@@ -98,7 +98,9 @@ def plain_loop(epochs: int) -> float:
             optimizer.zero_grad()
             epoch_loss += loss.item()
             step += 1
-    return time.perf_counter() - started
+    seconds = time.perf_counter() - started
+    print(f"plain loop: loss {epoch_loss / len(batches):.2f} in the last of {epochs} epochs")
+    return seconds
 
 
 class TextDataset(Dataset[tuple[Tensor, Tensor]]):

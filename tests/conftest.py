@@ -42,8 +42,8 @@ Script = Callable[..., subprocess.CompletedProcess[str]]
 def script(tmp_path: Path) -> Script:
     """Run a script as a user does, from a directory that is not the project's."""
 
-    def run(name: str, *arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
+    def run(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, str(ROOT / "scripts" / name), *arguments]
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, **options)  # type: ignore[call-overload]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
 
     return run

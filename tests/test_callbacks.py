@@ -23,7 +23,7 @@ def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What goes to the project's log."""
     lines: list[str] = []
     handler = logging.Handler()
-    handler.emit = lambda record: lines.append(f"{record.levelname}: {record.getMessage()}")  # type: ignore[method-assign]
+    handler.emit = lambda record: lines.append(f"{record.levelname}: {record.getMessage()}")
     monkeypatch.setattr(terminal.log, "handlers", [handler])
     monkeypatch.setattr(terminal.log, "level", logging.INFO)
     terminal.log.manager._clear_cache()
@@ -111,7 +111,7 @@ def test_lines_in_the_chapters_form(said: list[str]) -> None:
     fit([Console(log_interval=2)], max_epochs=4)
 
     form = r"INFO: Epoch   (\d) \| Loss: \d\.\d{4} \| LR: 0\.100000 \| Time: \d+\.\ds"
-    assert [re.fullmatch(form, line)[1] for line in said] == ["0", "2", "3"]  # type: ignore[index]  # every second, and the last
+    assert [re.fullmatch(form, line)[1] for line in said] == ["0", "2", "3"]  # every second, and the last
 
 
 @pytest.mark.filterwarnings("ignore:.*")
