@@ -42,7 +42,7 @@ def main(config: DictConfig) -> None:
     if config.trainer.precision == "16-mixed" and config.optimizer.get("fused"):
         raise ConfigError("optimizer.fused=true: does not go with trainer.precision=16-mixed; set it to false")
     validates = data.has_validation and config.trainer.limit_val_batches != 0
-    monitored = ["val/loss", "val/perplexity", "train/loss_epoch"][0 if validates else 2 :]
+    monitored = ["val/loss", "val/perplexity", "val/bits_per_byte", "train/loss_epoch"][0 if validates else 3 :]
     config.monitor = config.monitor or monitored[0]
     one_of("monitor", config.monitor, monitored)
     callbacks = {name: callback for name, callback in build(config, "callbacks").items() if callback}
@@ -57,7 +57,7 @@ def main(config: DictConfig) -> None:
         raise ConfigError(
             "total_steps: the schedule needs an end; set trainer.max_epochs, trainer.max_steps or total_steps"
         )
-    module = LanguageModel(network, build(config, "optimizer"), build(config, "schedule"))
+    module = LanguageModel(network, build(config, "optimizer"), build(config, "schedule"), data.tokenizer)
     with blamed_on("schedule"):
         module.schedule(0)
     with blamed_on("optimizer"):

@@ -36,7 +36,7 @@ def fit(watchers: list, train: int = 12, val: int = 0, **options) -> L.Trainer:
         callbacks=watchers, logger=False, enable_checkpointing=False, enable_model_summary=False,
         num_sanity_val_steps=0,
     )  # fmt: skip
-    module = LanguageModel(Bigram(), partial(adamw, lr=0.1), partial(constant, lr=0.1))
+    module = LanguageModel(Bigram(), partial(adamw, lr=0.1), partial(constant, lr=0.1), CharTokenizer("abcde"))
     trainer.fit(module, loader(batches(train)), loader(batches(val)) if val else None)
     return trainer
 

@@ -9,12 +9,14 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from language_model.data import IGNORED
 from language_model.module import LanguageModel
 from language_model.optim import adamw
 from language_model.schedule import constant, warmup_cosine
+from language_model.tokenizer import CharTokenizer, IdTokenizer
+from language_model.windows import IGNORED
 
 V = 5
+ABCDE = CharTokenizer("abcde")
 
 
 class Bigram(nn.Module):
@@ -48,9 +50,10 @@ def loader(some: list) -> DataLoader:
     return DataLoader(some, batch_size=None)
 
 
-def fit(tmp_path, network: nn.Module, train: list, val: list | None = None, lr=0.1, schedule=None, **trainer):
+def fit(tmp_path, network: nn.Module, train: list, val=None, lr=0.1, schedule=None, tokenizer=ABCDE, **trainer):
     recorder = Recorder()
-    module = LanguageModel(network, partial(adamw, lr=lr, weight_decay=0.01), schedule or partial(constant, lr=lr))
+    schedule = schedule or partial(constant, lr=lr)
+    module = LanguageModel(network, partial(adamw, lr=lr, weight_decay=0.01), schedule, tokenizer)
     logger = CSVLogger(tmp_path, name="", version="")
     trainer = L.Trainer(
         **{"max_epochs": 1, "accelerator": "cpu", "log_every_n_steps": 1, "gradient_clip_val": 1.0} | trainer,
@@ -92,7 +95,8 @@ def test_every_group_follows_the_schedule_from_its_own_peak(tmp_path) -> None:
         weight = [parameter for _, parameter in named_parameters]
         return torch.optim.SGD([{"params": weight, "lr": 0.2}, {"params": [nn.Parameter(torch.zeros(1))], "lr": 0.04}])
 
-    module = LanguageModel(Bigram(), two_groups, partial(warmup_cosine, lr=0.2, total_steps=10, warmup_steps=4))
+    schedule = partial(warmup_cosine, lr=0.2, total_steps=10, warmup_steps=4)
+    module = LanguageModel(Bigram(), two_groups, schedule, ABCDE)
     configured = module.configure_optimizers()
     rates = []
     for _ in range(10):
@@ -163,3 +167,26 @@ def test_validation_loss_is_the_mean_over_tokens(tmp_path) -> None:
     mean = sum(losses) / len(losses)
     assert float(trainer.callback_metrics["val/loss"]) == pytest.approx(mean, rel=1e-5)
     assert float(trainer.callback_metrics["val/perplexity"]) == pytest.approx(math.exp(mean), rel=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.*")
+def test_bits_per_byte_by_hand(tmp_path) -> None:
+    """Characters of one to four bytes, all equally likely: every prediction costs log2(5) bits."""
+    tokenizer = CharTokenizer("aéΩ学👩")
+    network = Bigram()
+    nn.init.zeros_(network.table.weight)
+    ids = torch.from_numpy(tokenizer.encode("a学👩éΩ学aa")).long()
+    targets = torch.cat([ids[1:], torch.tensor([IGNORED, IGNORED])])
+    batch = (torch.cat([ids, ids[:1]])[None], targets[None])
+    _, trainer, _ = fit(tmp_path, network, [batch], [batch], tokenizer=tokenizer, lr=1e-9)
+    num_bytes = 3 + 4 + 2 + 2 + 3 + 1 + 1  # of all characters but the first
+    bits = 7 * math.log2(5)
+    assert float(trainer.callback_metrics["val/bits_per_byte"]) == pytest.approx(bits / num_bytes, rel=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.*")
+def test_no_bits_per_byte_where_tokens_have_no_text(tmp_path) -> None:
+    _, trainer, module = fit(tmp_path, Bigram(), batches(1), batches(1), tokenizer=IdTokenizer(V))
+    assert "val/loss" in trainer.callback_metrics
+    assert "val/bits_per_byte" not in trainer.callback_metrics
+    assert "token_bytes" not in module.state_dict()

@@ -1,5 +1,7 @@
 """What test_train.py does not reach through a whole run."""
 
+from pathlib import Path
+
 import torch
 from test_module import Bigram
 
@@ -7,10 +9,12 @@ from language_model.config import ROOT
 from language_model.data import TextData
 from language_model.module import LanguageModel
 from language_model.report import untrained_loss
+from language_model.tokenizer import CharTokenizer
 
 
-def test_measuring_the_untrained_loss_changes_nothing() -> None:
-    data = TextData(str(ROOT / "src" / "language_model" / "sonnets.txt"), seq_len=8, batch_size=4)
+def test_measuring_the_untrained_loss_changes_nothing(tmp_path: Path) -> None:
+    sonnets = str(ROOT / "src" / "language_model" / "sonnets.txt")
+    data = TextData(sonnets, CharTokenizer.of, str(tmp_path), seq_len=8, batch_size=4)
 
     class Wide(Bigram):
         def __init__(self) -> None:
@@ -22,7 +26,7 @@ def test_measuring_the_untrained_loss_changes_nothing() -> None:
             assert not self.training
             return self.dropout(self.table(tokens))
 
-    module = LanguageModel(Wide(), optimizer=lambda _: torch.optim.SGD([]), schedule=lambda _: 1.0)
+    module = LanguageModel(Wide(), lambda _: torch.optim.SGD([]), lambda _: 1.0, data.tokenizer)
     weights, state = module.network.table.weight.clone(), torch.get_rng_state()
     first = untrained_loss(module, data, torch.device("cpu"))
     assert untrained_loss(module, data, torch.device("cpu")) == first

@@ -43,14 +43,20 @@ class Run:
 
 
 @pytest.fixture
-def train(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture):
+def train(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    capsys: pytest.CaptureFixture,
+):
     """Run scripts/train.py in this process, writing to a folder of the test's."""
     monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
 
     def start(*overrides: str, name: str = "run", tiny: bool = True) -> Run:
         folder = tmp_path / name
         constant = "schedule=constant" in overrides  # which has no warmup to set
-        arguments = [*(TINY[:-1] if constant else TINY if tiny else []), f"folder={folder}", *overrides]
+        cache = f"data.cache={tmp_path_factory.getbasetemp() / 'corpora'}"
+        arguments = [*(TINY[:-1] if constant else TINY if tiny else []), cache, f"folder={folder}", *overrides]
         monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
         runpy.run_path(str(ROOT / "scripts" / "train.py"), run_name="__main__")
         return Run(folder, capsys.readouterr().out)
@@ -145,12 +151,13 @@ def test_your_own_text_is_validated_and_the_best_is_kept(train, tmp_path: Path) 
     text.write_text("Всё смешалось в доме Облонских. " * 100, encoding="utf-8")
     mine = train("data=text", f"data.path={text}", "data.batch_size=8", "trainer.max_epochs=3", "optimizer.lr=0.01")
     assert mine.config["monitor"] == "val/loss"
-    assert "3,200 tokens, 320 of them for validation, vocabulary 2" in mine.output
+    assert "2,880 tokens and 320 for validation, vocabulary 2" in mine.output
     assert "Val loss: " in mine.output
     losses = mine.column("val/loss")
     assert len(losses) == 3
     assert mine.result["best"] == pytest.approx(min(losses))
     assert mine.result["metrics"]["val/perplexity"] == pytest.approx(math.exp(losses[-1]))
+    assert mine.result["metrics"]["val/bits_per_byte"] < mine.result["metrics"]["val/loss"] / math.log(2) / 1.5
     assert mine.result["sample"].startswith("Всё смешалось")
 
 
@@ -206,7 +213,9 @@ def test_training_on_from_a_run_is_training_once(train) -> None:
 
 @pytest.mark.parametrize("experiment", sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml")))
 def test_every_experiment_takes_steps(train, experiment: str) -> None:
-    assert train(f"experiment={experiment}").result["status"] == "finished"
+    corpus = f"data.path={ROOT / 'src' / 'language_model' / 'sonnets.txt'}"
+    steps = "trainer.max_steps=4"
+    assert train(f"experiment={experiment}", corpus, steps).result["status"] == "finished"
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
@@ -261,6 +270,13 @@ def test_fast_dev_run_and_switched_off_parts(train) -> None:
     [
         (["model.n_heads=3"], "model: n_heads=3 does not divide d_model=16; allowed: 1, 2, 4, 8, 16"),
         (["data.path=nothing.txt"], "data: nothing.txt: no such file or directory"),
+        (["data=bin"], "data.train_path: a value is needed"),
+        (["data=text", "data.path=[]"], "data: path=[]: no file"),
+        (["tokenizer=bpe", "tokenizer.vocab_size=9"], "tokenizer.vocab_size=9: input should be greater than or equal"),
+        (["tokenizer=file", "tokenizer.path=nothing.json"], "data: nothing.json: no such file or directory"),
+        (["tokenizer=ids"], "data: tokenizer=ids is for data=bin"),
+        (["tokenizer=abacus"], "tokenizer=abacus: there is no such file in conf/tokenizer; choose from bpe, byte"),
+        (["data.cache=/dev/null/x"], "data: /dev/null/x: not a directory"),
         (["data.batch_size=5000"], "data: 1,315 windows are too few for one batch of batch_size=5000"),
         (["model.max_seq_len=2000"], "data: 1,331 tokens are too few for one window of seq_len=2000"),
         (["schedule.warmup_steps=17"], "schedule: warmup_steps=17 is longer than the run of total_steps=16"),

@@ -154,10 +154,11 @@ class Sample(Callback):
     def speak(self, network: Any, tokenizer: Any, prompt: str) -> str:
         """Return the prompt and what the network says after it."""
         device = next(network.parameters()).device
-        tokens = torch.tensor(tokenizer.encode(prompt), device=device)
+        tokens = torch.tensor(tokenizer.encode(prompt), dtype=torch.int64, device=device)
         training = network.training
         network.eval()
-        ids = list(generate(network, tokens, self.max_new_tokens, self.temperature, self.top_k, self.seed))
+        settings = (self.temperature, self.top_k, self.seed, tokenizer.vocab_size)
+        ids = list(generate(network, tokens, self.max_new_tokens, *settings))
         network.train(training)
         return prompt + tokenizer.decode(ids)
 

@@ -204,8 +204,11 @@ def explain(error: Exception, config_name: str, arguments: list[str]) -> str:
         return one_line(str(error))
     groups = [a.split(",")[0] for a in arguments if (ROOT / "conf" / a.partition("=")[0]).is_dir() and "=" in a]
     GlobalHydra.instance().clear()
-    with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        known = hydra.compose(config_name, groups)
+    try:
+        with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+            known = hydra.compose(config_name, groups)
+    except HydraException:  # it is a config file that is wrong, not what was typed
+        return one_line(str(error))
     parent, _, name = unknown[1].rpartition(".")
     siblings = OmegaConf.select(known, parent) if parent else known
     same_name = [key for key in flat(OmegaConf.to_container(known)) if key.endswith(f".{name}")]

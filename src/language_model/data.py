@@ -1,146 +1,74 @@
-"""From a text file to batches: text -> token ids -> order of windows -> shifted windows."""
+"""The data of a run: text or token files, as batches of windows for training and validation."""
 
+import functools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import lightning as L
 import numpy as np
 import torch
-import torch.nn.functional as F
 from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader
 
-from language_model.tokenizer import CharTokenizer
-
-IGNORED = -100  # the target that counts in no loss: cross_entropy's default ignore_index
-
-
-class Windows(Dataset[tuple[Tensor, Tensor]]):
-    """Every window of a token sequence as a pair (inputs, targets), the targets shifted by one, each (seq_len,) int64.
-
-    Window i starts at token i, so there are len(tokens) - seq_len of them; ValueError if that leaves none.
-    """
-
-    def __init__(self, tokens: Tensor, seq_len: int) -> None:
-        if len(tokens) <= seq_len:
-            raise ValueError(
-                f"{len(tokens):,} tokens are too few for one window of seq_len={seq_len} and its shifted target: "
-                f"at least {seq_len + 1} are needed"
-            )
-        self.windows = tokens.unfold(0, seq_len + 1, 1)  # a view: no token is copied
-
-    def __len__(self) -> int:
-        return len(self.windows)
-
-    def __getitem__(self, start: int) -> tuple[Tensor, Tensor]:
-        return self.windows[start, :-1], self.windows[start, 1:]
-
-    def __getitems__(self, starts: Tensor) -> tuple[Tensor, Tensor]:
-        """Gather a whole batch at once: starts (B,) -> inputs, targets, each (B, seq_len)."""
-        batch = self.windows[starts]
-        return batch[:, :-1], batch[:, 1:]
+from language_model.corpus import TextFiles, fetched
+from language_model.prepare import MakeTokenizer, prepare, remembered
+from language_model.tokenizer import Tokenizer
+from language_model.tokens import token_files
+from language_model.windows import ShuffledBatches, Tokens, Windows, WindowsInOrder, check_enough
 
 
-class ShuffledBatches(Sampler[Tensor]):
-    """The starts (B,) of each training batch's windows, one epoch at a time, the last partial batch dropped.
-
-    Windows stand `stride` tokens apart, from an offset drawn anew each epoch. The order is a function of
-    (seed, epoch) alone; of every world_size batches, each rank takes the one with its number.
-    """
-
-    def __init__(
-        self,
-        num_starts: int,
-        stride: int,
-        batch_size: int,
-        seed: int,
-        epoch: Callable[[], int],
-        rank: int = 0,
-        world_size: int = 1,
-    ) -> None:
-        self.num_windows = num_starts // stride  # as many from every offset
-        self.stride = stride
-        self.batch_size = batch_size
-        self.seed = seed
-        self.epoch = epoch
-        self.rank = rank
-        self.world_size = world_size
-        if not len(self):
-            each = f" on each of {world_size} devices" if world_size > 1 else ""
-            raise ValueError(f"{self.num_windows:,} windows are too few for one batch of batch_size={batch_size}{each}")
-
-    def __len__(self) -> int:
-        return self.num_windows // (self.batch_size * self.world_size)
-
-    def __iter__(self) -> Iterator[Tensor]:
-        entropy = np.random.SeedSequence((self.seed, self.epoch())).generate_state(1, np.uint64)[0]
-        generator = torch.Generator().manual_seed(int(entropy >> 1))
-        offset = torch.randint(self.stride, (1,), generator=generator)
-        order = torch.randperm(self.num_windows, generator=generator)[: len(self) * self.world_size * self.batch_size]
-        batches = (offset + order * self.stride).view(len(self), self.world_size, self.batch_size)
-        yield from batches[:, self.rank]
-
-
-class TextData(L.LightningDataModule):
-    """One text file as shifted windows of characters, its tail as the validation split.
-
-    A batch is (inputs, targets), each (B, T) int64.
+class TokenData(L.LightningDataModule):
+    """Token sequences as batches (inputs, targets), each (B, T) int64: shuffled for training, in order for validation.
 
     Args:
-        path: the text file, UTF-8.
+        tokenizer: that made the tokens.
+        train: the training tokens, in one sequence or several.
+        val: the validation tokens; none for no validation.
         seq_len: window length T, in tokens.
         batch_size: windows in a batch B, on each device.
         stride: tokens from one training window to the next.
-        val_fraction: share of the tokens, at the end of the text, that is kept for validation; 0 for none.
-        num_workers: processes that prepare batches; 0 is fastest for tokens in memory.
+        num_workers: processes that prepare batches; 0 is fastest for tokens that are mapped from a file.
         seed: decides the order of the windows.
 
     Raises:
-        OSError, ValueError: the file cannot be read, is not UTF-8, or is too short for a window or a batch.
+        ValueError: there are too few tokens for a window, a batch, or the validation.
     """
 
     def __init__(
         self,
-        path: str,
-        seq_len: PositiveInt,
-        batch_size: PositiveInt,
-        stride: PositiveInt = 1,
-        val_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0,
-        num_workers: NonNegativeInt = 0,
-        seed: NonNegativeInt = 0,
+        tokenizer: Tokenizer,
+        train: Sequence[Tokens],
+        val: Sequence[Tokens],
+        seq_len: int,
+        batch_size: int,
+        stride: int,
+        num_workers: int,
+        seed: int,
     ) -> None:
         super().__init__()
-        self.path = Path(path)
+        self.tokenizer = tokenizer
         self.seq_len = seq_len
         self.batch_size = batch_size
         self.stride = stride
         self.num_workers = num_workers
         self.seed = seed
-
-        text = read_text(self.path)
-        num_val = int(len(text) * val_fraction)
-        train_text, val_text = text[: len(text) - num_val], text[len(text) - num_val :]
-        self.tokenizer = CharTokenizer(train_text)
-        self.num_characters = len(text)
-        words = re.search(r"\S+(\s+\S+)?", train_text[:100])
-        self.opening = words[0] if words else train_text[:1]  # the first two words
-        self.train_windows = Windows(torch.tensor(self.tokenizer.encode(train_text)), seq_len)
-        self.val_tokens: Tensor | None = None
-        if val_fraction > 0:
-            try:
-                self.val_tokens = torch.tensor(self.tokenizer.encode(val_text), dtype=torch.int64)
-                Windows(self.val_tokens, 1)
-            except ValueError as error:
-                raise ValueError(f"the validation split, the last {num_val:,} characters: {error}") from None
-        self.order()  # raises where the data are too few for a batch
+        self.train_windows = Windows(train, seq_len)
+        self.val_windows = WindowsInOrder(val, seq_len) if val else None
+        self.num_train_tokens = sum(map(len, train))
+        self.num_val_tokens = sum(map(len, val))
+        first = np.asarray(train[0])[:100]
+        beginning = tokenizer.decode(first[first != tokenizer.end_of_text]).rstrip("\ufffd")  # half a character
+        words = re.search(r"\S+(\s+\S+)?", beginning)
+        self.opening = words[0][:40] if words else beginning[:1]  # the first two words
+        self.order()  # raises where there are too few windows
 
     @property
     def has_validation(self) -> bool:
         """Whether there is a validation split."""
-        return self.val_tokens is not None
+        return self.val_windows is not None
 
     def order(self) -> ShuffledBatches:
         """Return the order of the training batches, for this process of this trainer."""
@@ -160,23 +88,18 @@ class TextData(L.LightningDataModule):
         return self._loader(self.train_windows, self.order())
 
     def val_dataloader(self) -> DataLoader | list:
-        """Return the whole validation split once, in order, windows not overlapping; no loader without a split.
-
-        The last window is filled up to seq_len; what was filled in has the target IGNORED.
-        """
-        if self.val_tokens is None:
+        """Return the whole validation split once, in order, windows not overlapping; no loader without a split."""
+        if self.val_windows is None:
             return []
-        num_windows = -(-(len(self.val_tokens) - 1) // self.seq_len)
-        filling = num_windows * self.seq_len + 1 - len(self.val_tokens)
-        windows = FilledWindows(F.pad(self.val_tokens, (0, filling), value=IGNORED), self.seq_len)
-        starts = torch.arange(0, num_windows * self.seq_len, self.seq_len)
         rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        return self._loader(windows, starts[rank::world_size].split(self.batch_size))
+        indices = range(rank, len(self.val_windows), world_size)
+        batches = [np.array(indices[i : i + self.batch_size]) for i in range(0, len(indices), self.batch_size)]
+        return self._loader(self.val_windows, batches)
 
-    def _loader(self, windows: Windows, batches: ShuffledBatches | tuple[Tensor, ...]) -> DataLoader:
+    def _loader(self, windows: Windows, batches: ShuffledBatches | list[np.ndarray]) -> DataLoader:
         return DataLoader(
             windows,
-            batch_sampler=batches,  # type: ignore[arg-type]  # tensors of starts, not lists
+            batch_sampler=batches,  # type: ignore[arg-type]  # arrays of indices, not lists
             collate_fn=whole_batch,  # type: ignore[arg-type]  # of __getitems__, not a list
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
@@ -185,26 +108,129 @@ class TextData(L.LightningDataModule):
         )
 
 
-class FilledWindows(Windows):
-    """Windows over tokens that end in IGNORED: as inputs these are token 0."""
-
-    def __getitems__(self, starts: Tensor) -> tuple[Tensor, Tensor]:
-        """Gather a whole batch at once: starts (B,) -> inputs, targets, each (B, seq_len)."""
-        inputs, targets = super().__getitems__(starts)
-        return inputs.clamp(min=0), targets
-
-
 def whole_batch(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """Collate what is a batch already."""
     return batch
 
 
-def read_text(path: Path) -> str:
-    """Return the text, line ends as they are; ValueError for an empty file, or naming the byte that is not UTF-8."""
-    content = path.read_bytes()
-    if not content:
-        raise ValueError(f"{path} is empty")
-    try:
-        return content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: byte {error.start:,} is 0x{content[error.start]:02x}") from None
+class TextData(TokenData):
+    """Text as shifted windows of its tokens.
+
+    Args:
+        path: a file, a folder, a glob, or a list of these: plain text, .jsonl, or either with .gz; see TextFiles.
+        tokenizer: makes the tokenizer, given the training text and `end_of_text`.
+        cache: folder where prepared corpora and downloads are kept.
+        url: where to fetch the text if `path` is None.
+        sha256: of what is fetched.
+        val_path: text for validation, as `path`.
+        val_fraction: without `val_path`, the share of the characters, at the text's end, that is kept for
+            validation; 0 for none.
+        field: where a line of a .jsonl file has its text.
+        encoding: of the files.
+        newlines: keep or normalise.
+        end_of_text: whether a token of its own ends each document; None: if there are .jsonl files.
+        seq_len, batch_size, stride, num_workers, seed: see TokenData.
+
+    Raises:
+        OSError, ValueError: the text cannot be had, read, tokenized or kept, or there is too little of it.
+    """
+
+    def __init__(
+        self,
+        path: str | list[str] | None,
+        tokenizer: MakeTokenizer,
+        cache: str,
+        seq_len: PositiveInt,
+        batch_size: PositiveInt,
+        stride: PositiveInt = 1,
+        val_path: str | list[str] | None = None,
+        val_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0,
+        field: str = "text",
+        encoding: str = "utf-8",
+        newlines: Literal["keep", "normalise"] = "keep",
+        end_of_text: bool | None = None,
+        url: str | None = None,
+        sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None,
+        num_workers: NonNegativeInt = 0,
+        seed: NonNegativeInt = 0,
+    ) -> None:
+        if path is None:
+            if url is None or sha256 is None:
+                raise ValueError(
+                    "path: the text is needed, as data.path=..., or where to fetch it, as data.url and data.sha256"
+                )
+            path = str(fetched(url, sha256, Path(cache)))
+        text = functools.partial(TextFiles, field=field, encoding=encoding, newlines=newlines)
+        train, val = text(path), None if val_path is None else text(val_path)
+        if end_of_text is None:
+            end_of_text = train.has_jsonl
+
+        def accept(num_train: int, num_val: int | None) -> None:
+            check_enough(num_train, seq_len)
+            ShuffledBatches(num_train - seq_len, stride, batch_size, seed, lambda: 0)
+            if num_val is not None:
+                check_enough(num_val, 1, "the validation text: ")
+
+        self.corpus = prepare(train, val, val_fraction, tokenizer, end_of_text, Path(cache), accept)
+        self.name = train.name
+        super().__init__(
+            self.corpus.tokenizer,
+            [self.corpus.train],
+            [] if self.corpus.val is None else [self.corpus.val],
+            seq_len, batch_size, stride, num_workers, seed,
+        )  # fmt: skip
+
+
+class BinData(TokenData):
+    """Token files made for nanoGPT (uint16, nothing else) or llm.c (a header, then uint16 or uint32).
+
+    Args:
+        train_path: a file, a folder's glob, or a list of these; windows do not cross from one file to the next.
+        val_path: the same, for validation; None for none.
+        tokenizer: makes the tokenizer; there is no text to learn from.
+        cache: folder where it is noted what large files hold.
+        seq_len, batch_size, stride, num_workers, seed: see TokenData.
+
+    Raises:
+        OSError, ValueError: a file cannot be read, is not of that kind, has ids beyond the tokenizer's, or too few.
+    """
+
+    def __init__(
+        self,
+        train_path: str | list[str],
+        val_path: str | list[str] | None,
+        tokenizer: MakeTokenizer,
+        cache: str,
+        seq_len: PositiveInt,
+        batch_size: PositiveInt,
+        stride: PositiveInt = 1,
+        num_workers: NonNegativeInt = 0,
+        seed: NonNegativeInt = 0,
+    ) -> None:
+        train, val = token_files(train_path), [] if val_path is None else token_files(val_path)
+        self.name = ", ".join(file.path.name for file in train[:2]) + (", ..." if len(train) > 2 else "")
+        largest = {f: remembered("largest_id", f.path, Path(cache), f.largest_id) for f in (*train, *val)}
+        made = tokenizer(NoText(max(largest[file] for file in train)), False)
+        for file in (*train, *val):
+            if largest[file] >= made.vocab_size:
+                raise ValueError(
+                    f"{file.path} has the id {largest[file]:,}; the tokenizer's go from 0 to {made.vocab_size - 1:,}"
+                )
+        for file in val:
+            check_enough(len(file), 1, f"{file.path}: ")
+        check_enough(max(map(len, train)), seq_len)
+        super().__init__(made, train, val, seq_len, batch_size, stride, num_workers, seed)
+
+
+class NoText:
+    """What a tokenizer can learn from token files: nothing but the largest id."""
+
+    num_characters = 0
+
+    def __init__(self, largest_id: int) -> None:
+        self.largest_id = largest_id
+
+    def __iter__(self) -> Any:
+        raise ValueError(
+            "token files have no text for a tokenizer to learn from: take tokenizer=file, with its path, or ids"
+        )

@@ -24,6 +24,7 @@ def generate(
     temperature: float = 1.0,
     top_k: int | None = None,
     seed: int = 0,
+    vocab_size: int | None = None,
 ) -> Iterator[int]:
     """Yield up to max_new_tokens ids, each drawn after all before it.
 
@@ -37,6 +38,7 @@ def generate(
         temperature: divides the logits; below 1 is safer, above 1 wilder, 0 takes the likeliest token.
         top_k: draw from the k likeliest tokens only; None for all.
         seed: the same seed draws the same tokens.
+        vocab_size: how many of the network's V tokens there are, when it has more to be a round number; None for V.
 
     Raises:
         ValueError: an empty prompt, a negative temperature, or top_k below 1.
@@ -49,7 +51,7 @@ def generate(
         raise ValueError(f"top_k={top_k} leaves no token; allowed: 1 and up, or null for all")
     generator = torch.Generator().manual_seed(seed)
     for _ in range(max_new_tokens):
-        logits = network(tokens[None, -network.max_seq_len :])[0, -1].float().cpu()  # (V,)
+        logits = network(tokens[None, -network.max_seq_len :])[0, -1, :vocab_size].float().cpu()  # (V,)
         if temperature == 0:
             token = logits.argmax()
         else:

@@ -1,5 +1,6 @@
 """The training step, its metrics, and the optimizer with its schedule."""
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -11,7 +12,8 @@ from torch.nn.utils import clip_grad_norm_, clip_grad_value_, get_total_norm
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from language_model.data import IGNORED
+from language_model.tokenizer import Tokenizer
+from language_model.windows import IGNORED
 
 Batch = tuple[Tensor, Tensor]
 
@@ -21,13 +23,15 @@ class LanguageModel(L.LightningModule):
 
     Logs at every `log_every_n_steps`-th optimizer step: ``train/loss`` (mean over the step's batches, nats a token),
     ``lr`` and ``train/grad_norm`` (before clipping) of that step; at the end of an epoch ``train/loss_epoch``, the
-    mean over the epoch's batches; after a validation ``val/loss`` (mean over all tokens) and
-    ``val/perplexity`` = exp(val/loss).
+    mean over the epoch's batches; after a validation ``val/loss`` (mean over all tokens), ``val/perplexity`` =
+    exp(val/loss), and ``val/bits_per_byte``, the loss in bits over the bytes that the predicted tokens stand for,
+    which compares models with different tokenizers.
 
     Args:
         network: tokens (B, T) int64 -> logits (B, T, V).
         optimizer: named parameters -> optimizer.
         schedule: step -> learning rate; the rate of every parameter group follows its course.
+        tokenizer: that made the tokens; its fingerprint goes into checkpoints.
     """
 
     def __init__(
@@ -35,9 +39,14 @@ class LanguageModel(L.LightningModule):
         network: nn.Module,
         optimizer: Callable[[Iterable[tuple[str, nn.Parameter]]], Optimizer],
         schedule: Callable[[int], float],
+        tokenizer: Tokenizer,
     ) -> None:
         super().__init__()
         self.network = network
+        self.tokenizer = tokenizer
+        self.token_bytes: Tensor | None
+        sizes = None if tokenizer.token_bytes is None else torch.from_numpy(tokenizer.token_bytes)
+        self.register_buffer("token_bytes", sizes, persistent=False)
         self.make_optimizer = optimizer
         self.schedule = schedule
         self.grad_norm = torch.zeros(())  # of the last step, before clipping
@@ -45,6 +54,7 @@ class LanguageModel(L.LightningModule):
         self._step_loss = Mean()
         self.epoch_loss = Mean()  # of the training batches
         self._val_loss = Mean()
+        self._val_bytes: Tensor | int = 0
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(B, T) int64 -> logits (B, T, V)."""
@@ -94,18 +104,28 @@ class LanguageModel(L.LightningModule):
     def on_validation_epoch_start(self) -> None:
         """Start the split's mean."""
         self._val_loss = Mean()
+        self._val_bytes = 0
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Add a batch to the split's mean, weighted by its tokens."""
-        num_tokens = (batch[1] != IGNORED).sum()
-        self._val_loss.add(self.loss(batch), num_tokens)
+        targets = batch[1][batch[1] != IGNORED]
+        self._val_loss.add(self.loss(batch), targets.numel())
+        if self.token_bytes is not None:
+            self._val_bytes = self._val_bytes + self.token_bytes[targets].sum()
 
     def on_validation_epoch_end(self) -> None:
         """Log the loss over the whole split, all ranks together."""
-        sums = torch.as_tensor([self._val_loss.total, self._val_loss.weight], device=self.device)
-        total, weight = self.trainer.strategy.reduce(sums, reduce_op="sum")
-        loss = total / weight
+        sums = [self._val_loss.total, self._val_loss.weight, self._val_bytes]
+        exact = [torch.as_tensor(each, dtype=accurate(self.device), device=self.device) for each in sums]
+        nats, num_tokens, num_bytes = self.trainer.strategy.reduce(torch.stack(exact), reduce_op="sum")
+        loss = nats / num_tokens
         self.log_dict({"val/loss": loss, "val/perplexity": loss.exp()})
+        if self.token_bytes is not None:
+            self.log("val/bits_per_byte", nats / math.log(2) / num_bytes)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Note which tokenizer the weights belong to."""
+        checkpoint["tokenizer"] = self.tokenizer.fingerprint
 
     def configure_optimizers(self) -> dict[str, Any]:
         """Return the optimizer, and a LambdaLR that sets the schedule's rate before each step."""
@@ -114,6 +134,11 @@ class LanguageModel(L.LightningModule):
         # A function, not an object: LambdaLR would bring an object's attributes back from a checkpoint.
         scheduler = LambdaLR(optimizer, lambda step: schedule(step) / peak)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def accurate(device: torch.device) -> torch.dtype:
+    """Return what sums over many tokens are kept in: float64, where the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 class Mean:
@@ -125,7 +150,7 @@ class Mean:
 
     def add(self, value: Tensor, weight: Tensor | float = 1.0) -> None:
         """Count `value` with `weight`."""
-        self.total = self.total + value * weight
+        self.total = self.total + value.to(accurate(value.device)) * weight
         self.weight = self.weight + weight
 
     @property

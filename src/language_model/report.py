@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 import torch
 from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch.loggers import TensorBoardLogger
 from omegaconf import DictConfig
 
 from language_model.config import ROOT, flat, plain
-from language_model.data import TextData
+from language_model.data import TokenData
 from language_model.hardware import describe
 from language_model.module import LanguageModel
 from language_model.run import shown
@@ -20,9 +21,9 @@ from language_model.terminal import log
 
 
 @torch.no_grad()
-def untrained_loss(module: LanguageModel, data: TextData, device: torch.device) -> float:
+def untrained_loss(module: LanguageModel, data: TokenData, device: torch.device) -> float:
     """Return the loss (nats a token) of a network that has not learned yet, on a few windows of the corpus."""
-    some = torch.linspace(0, len(data.train_windows) - 1, max(1, 2048 // data.seq_len)).long()
+    some = np.linspace(0, len(data.train_windows) - 1, max(1, 2048 // data.seq_len)).astype(np.int64)
     training = module.training
     module.eval().to(device)
     inputs, targets = data.train_windows.__getitems__(some)
@@ -31,7 +32,9 @@ def untrained_loss(module: LanguageModel, data: TextData, device: torch.device) 
     return float(loss)
 
 
-def announce(config: DictConfig, data: TextData, module: LanguageModel, trainer: L.Trainer, steps: int | None) -> float:
+def announce(
+    config: DictConfig, data: TokenData, module: LanguageModel, trainer: L.Trainer, steps: int | None
+) -> float:
     """Say what will happen, with a warning if the untrained loss is far from guessing; return that loss."""
     batches = len(data.train_dataloader())
     tokens = data.batch_size * data.seq_len * trainer.world_size * trainer.accumulate_grad_batches
@@ -41,11 +44,11 @@ def announce(config: DictConfig, data: TextData, module: LanguageModel, trainer:
     many = f" × {trainer.world_size}" if trainer.world_size > 1 else ""
     epochs = f", {trainer.max_epochs} epochs" if (trainer.max_epochs or -1) > 0 else ""
     total = f"{steps:,} in all" if steps else "without end"
-    split = f", {len(data.val_tokens):,} of them for validation" if data.val_tokens is not None else ""
+    split = f" and {data.num_val_tokens:,} for validation" if data.has_validation else ""
     parameters = sum(p.numel() for p in module.network.parameters())
     lines = {
         "device": f"{describe(device)}{many}, precision {trainer.precision}",
-        "corpus": f"{data.path.name}: {data.num_characters:,} tokens{split}, vocabulary {data.tokenizer.vocab_size}",
+        "corpus": f"{data.name}: {data.num_train_tokens:,} tokens{split}, vocabulary {data.tokenizer.vocab_size:,}",
         "windows": f"{data.order().num_windows:,} of {data.seq_len} tokens, stride {data.stride}",
         "steps": f"{batches:,} batches an epoch, {total}{epochs}, {tokens:,} tokens a step",
         "model": f"{parameters:,} parameters",

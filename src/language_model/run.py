@@ -21,6 +21,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from language_model.config import ROOT, ConfigError, blamed_on, name_or_time, one_line
+from language_model.module import LanguageModel
 from language_model.terminal import log
 
 RUNS = ROOT / "outputs" / "runs"
@@ -72,8 +73,8 @@ def checkpoint_to_resume(resume: str) -> Path:
     return checkpoint
 
 
-def check_resumable(checkpoint: Path, module: torch.nn.Module, steps: int | None) -> None:
-    """Raise ConfigError if a checkpoint is damaged, is another network's, or has all the run's `steps` behind it."""
+def check_resumable(checkpoint: Path, module: LanguageModel, steps: int | None) -> None:
+    """Raise ConfigError for a damaged checkpoint, another network's or tokenizer's, or one with `steps` behind it."""
     try:
         content = torch.load(checkpoint, map_location="meta", weights_only=True)
         done, theirs = content["global_step"], {name: tuple(w.shape) for name, w in content["state_dict"].items()}
@@ -87,6 +88,11 @@ def check_resumable(checkpoint: Path, module: torch.nn.Module, steps: int | None
                 f"resume: {shown(checkpoint)} is another network's: {name} has the shape {theirs.get(name)} there "
                 f"and {ours.get(name)} here"
             )
+    if content.get("tokenizer", module.tokenizer.fingerprint) != module.tokenizer.fingerprint:
+        raise ConfigError(
+            f"resume: {shown(checkpoint)} was trained with another tokenizer; take the same text, or "
+            "tokenizer=file tokenizer.path=<that run's folder>/tokenizer.json"
+        )
     if steps is not None and done >= steps:
         raise ConfigError(
             f"resume: {shown(checkpoint)} was trained for {done:,} steps already, and the run ends at {steps:,}; "

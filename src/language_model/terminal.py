@@ -2,9 +2,12 @@
 
 import logging
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 log = logging.getLogger("language_model")
@@ -30,6 +33,25 @@ class TerminalHandler(logging.Handler):
         warning = record.levelno >= logging.WARNING
         text = Text(f"warning: {record.getMessage()}" if warning else record.getMessage())
         terminal.print(text, style="yellow" if warning else None, soft_wrap=True)
+
+
+@contextmanager
+def progress(what: str, num_bytes: int | None) -> Iterator[Callable[[int], None]]:
+    """Show a bar over so many bytes (None: unknown), where there is a terminal; gives the function that moves it."""
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        DownloadColumn(),
+        TimeRemainingColumn(compact=True),
+        TextColumn("left"),
+        console=terminal,
+        transient=True,
+        refresh_per_second=4,
+        disable=not terminal.is_terminal or rank_zero_only.rank != 0,
+    )
+    with bar:
+        task = bar.add_task(what, total=num_bytes)
+        yield lambda more: bar.advance(task, more)
 
 
 def speak() -> None:

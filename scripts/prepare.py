@@ -1,0 +1,36 @@
+"""Tokenize a corpus ahead of the runs that train on it, and say what is in it.
+
+`python scripts/prepare.py data=text data.path=my.txt`: takes what a run takes, and does what it would do first.
+"""
+
+from omegaconf import DictConfig
+
+from language_model.config import ConfigError, build, check, entry_point
+
+
+@entry_point("prepare")
+def main(config: DictConfig) -> None:
+    """Prepare a corpus, as the config says."""
+    from rich.table import Table
+
+    from language_model.data import TextData
+    from language_model.run import shown
+    from language_model.terminal import speak, terminal
+
+    speak()
+    check(config)
+    data = build(config, "data")
+    if not isinstance(data, TextData):
+        raise ConfigError("data: only text is to be prepared")
+    corpus = data.corpus
+    title = f"{data.name}, vocabulary {corpus.tokenizer.vocab_size:,}"
+    table = Table("", *corpus.facts, title=title, title_justify="left")
+    for what in ("documents", "characters", "bytes", "tokens"):
+        table.add_row(what, *(f"{facts[what]:,}" for facts in corpus.facts.values()))
+    table.add_row("bytes a token", *(f"{facts['bytes'] / facts['tokens']:.2f}" for facts in corpus.facts.values()))
+    terminal.print(table)
+    terminal.print(f"kept in {shown(corpus.folder)}", soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main()
