@@ -92,10 +92,11 @@ def test_the_split_is_nanogpts(text_data) -> None:
         (b"caf\xe9 au lait", {}, "text.txt is not UTF-8 text: byte 3 is 0xe9"),
         (b"\x89PNG\r\n\x1a\n", {}, "text.txt is not UTF-8 text: byte 0 is 0x89"),
         (b"abcd\0efgh", {}, "text.txt is binary, not text: it has a NUL"),
+        (b"abc#", {"val_fraction": 0.3}, "2 tokens are too few for one window"),  # sooner said than that # is new
         (b"abcd", {}, "4 tokens are too few for one window of seq_len=4"),
         (b"abcdefgh", {"batch_size": 5}, "4 windows are too few for one batch of batch_size=5"),
         (b"abababab#", {"val_fraction": 0.2}, r"the validation text: character '#' \(U\+0023\) at position 1 is not"),
-        (b"abababababab", {"val_fraction": 0.01}, "the validation text: 1 tokens are too few"),
+        (b"abababababab", {"val_fraction": 0.01}, "the validation text has too few tokens, 1"),
         (b"ab" * 9, {"encoding": "klingon"}, "encoding=klingon: Python knows no such text encoding"),
         (b"ab" * 9, {"encoding": "hex"}, "encoding=hex: Python knows no such text encoding"),
         (b"ab" * 9, {"end_of_text": True, "tokenizer": partial(from_file, path="char.json")}, "has no token that ends"),

@@ -10,7 +10,15 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from language_model.tokens import TokenFile
-from language_model.windows import IGNORED, ShuffledBatches, Windows, WindowsInOrder, check_enough, shuffled
+from language_model.windows import (
+    IGNORED,
+    ShuffledBatches,
+    Windows,
+    WindowsInOrder,
+    check_training,
+    check_validation,
+    shuffled,
+)
 
 
 def each_window(parts: list[list[int]], seq_len: int) -> list[list[int]]:
@@ -68,11 +76,14 @@ def test_windows_of_a_file_go_to_a_worker_as_the_files_name(tmp_path: Path) -> N
 
 
 def test_too_few_tokens_for_a_window() -> None:
-    check_enough(65, 64)
+    check_training(65, 64)
     with pytest.raises(
-        ValueError, match=r"here: 64 tokens are too few for one window of seq_len=64 .* at least 65 are needed"
+        ValueError, match=r"64 tokens are too few for one window of seq_len=64 .* at least 65 are"
     ):
-        check_enough(64, 64, "here: ")
+        check_training(64, 64)
+    check_validation(2, "it")
+    with pytest.raises(ValueError, match="it has too few tokens, 1: at least 2 are needed"):
+        check_validation(1, "it")
 
 
 @settings(deadline=None)

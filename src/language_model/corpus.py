@@ -144,7 +144,7 @@ def files_at(path: str | list[str], suffixes: tuple[str, ...] = SUFFIXES) -> lis
     if place.is_dir():
         found = sorted(file for file in place.rglob("*") if file.is_file() and ends_in(file, suffixes))
         if not found:
-            raise ValueError(f"{place} has no file that ends in {', '.join(suffixes)}, with or without .gz behind")
+            raise ValueError(f"{place} has no file that ends in {', '.join(suffixes)}, nor with .gz behind")
         return found
     if not place.exists() and re.search(r"[*?[]", path):
         found = sorted(file for file in Path(place.anchor).glob(str(place.relative_to(place.anchor))) if file.is_file())

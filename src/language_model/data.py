@@ -17,7 +17,7 @@ from language_model.corpus import TextFiles, fetched
 from language_model.prepare import MakeTokenizer, prepare, remembered
 from language_model.tokenizer import Tokenizer
 from language_model.tokens import token_files
-from language_model.windows import ShuffledBatches, Tokens, Windows, WindowsInOrder, check_enough
+from language_model.windows import ShuffledBatches, Tokens, Windows, WindowsInOrder, check_training, check_validation
 
 
 class TokenData(L.LightningDataModule):
@@ -165,11 +165,12 @@ class TextData(TokenData):
         if end_of_text is None:
             end_of_text = train.has_jsonl
 
-        def accept(num_train: int, num_val: int | None) -> None:
-            check_enough(num_train, seq_len)
-            ShuffledBatches(num_train - seq_len, stride, batch_size, seed, lambda: 0)
-            if num_val is not None:
-                check_enough(num_val, 1, "the validation text: ")
+        def accept(split: str, num_tokens: int) -> None:
+            if split == "val":
+                check_validation(num_tokens, "the validation text")
+            else:
+                check_training(num_tokens, seq_len)
+                ShuffledBatches(num_tokens - seq_len, stride, batch_size, seed, epoch=lambda: 0)
 
         self.corpus = prepare(train, val, val_fraction, tokenizer, end_of_text, Path(cache), accept)
         self.name = train.name
@@ -217,8 +218,8 @@ class BinData(TokenData):
                     f"{file.path} has the id {largest[file]:,}; the tokenizer's go from 0 to {made.vocab_size - 1:,}"
                 )
         for file in val:
-            check_enough(len(file), 1, f"{file.path}: ")
-        check_enough(max(map(len, train)), seq_len)
+            check_validation(len(file), str(file.path))
+        check_training(max(map(len, train)), seq_len)
         super().__init__(made, train, val, seq_len, batch_size, stride, num_workers, seed)
 
 

@@ -47,7 +47,7 @@ def prepare(
     make_tokenizer: MakeTokenizer,
     end_of_text: bool,
     cache: Path,
-    accept: Callable[[int, int | None], None],
+    accept: Callable[[str, int], None],
 ) -> Corpus:
     """Tokenize a corpus into a folder in `cache`, or find it there.
 
@@ -61,7 +61,7 @@ def prepare(
         make_tokenizer: is given the training text and `end_of_text`.
         end_of_text: whether each document ends in the tokenizer's token for that.
         cache: where prepared corpora are kept.
-        accept: is given the number of tokens in the two splits, and raises ValueError if they will not do.
+        accept: is given each split's name (train, val) and number of tokens, and raises ValueError if that will not do.
 
     Raises:
         OSError, ValueError: as TextFiles, the tokenizer and `accept` do, or for lack of space; nothing is left then.
@@ -84,16 +84,15 @@ def prepare(
     folder = next(cache.glob(f"*-{key}"), cache / f"{name}-{key}")  # whatever the files were called then
     with whole_folder(folder) as partial:
         if partial is not None:
-            facts, tokenizer = tokenize(train, val, val_fraction, make_tokenizer, end_of_text, partial)
+            facts, tokenizer = tokenize(train, val, val_fraction, make_tokenizer, end_of_text, accept, partial)
             if [stamp(file) for file in files] != stamps:
                 raise ValueError(f"{train.name} changed while it was read; start again")
-            num_val = facts["val"]["tokens"] if "val" in facts else None
-            accept(facts["train"]["tokens"], num_val)
             tokenizer.save(partial / "tokenizer.json")
             content = {"settings": settings, "dtype": smallest_dtype(tokenizer.vocab_size), "splits": facts}
             (partial / "corpus.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     corpus = load_corpus(folder)
-    accept(len(corpus.train), None if corpus.val is None else len(corpus.val))
+    for split, facts_of_split in corpus.facts.items():
+        accept(split, facts_of_split["tokens"])
     return corpus
 
 
@@ -110,6 +109,7 @@ def tokenize(
     val_fraction: float,
     make_tokenizer: MakeTokenizer,
     end_of_text: bool,
+    accept: Callable[[str, int], None],
     folder: Path,
 ) -> tuple[dict[str, dict[str, int]], Tokenizer]:
     """Write the splits' token files; return the facts about each, and the tokenizer."""
@@ -130,6 +130,7 @@ def tokenize(
         except UnknownCharacterError as error:
             name = "training" if split == "train" else "validation"
             raise ValueError(f"the {name} text: {error}; tokenizer=byte and tokenizer=bpe take any text") from None
+        accept(split, facts[split]["tokens"])
     return facts, tokenizer
 
 

@@ -146,10 +146,18 @@ class ShuffledBatches(Sampler[np.ndarray]):
             yield from int(offset % self.stride) + self.stride * shuffled(positions, self.num_windows, np.array(keys))
 
 
-def check_enough(num_tokens: int, seq_len: int, where: str = "") -> None:
+def check_training(num_tokens: int, seq_len: int) -> None:
     """Raise ValueError for too few tokens for one window."""
     if num_tokens <= seq_len:
         raise ValueError(
-            f"{where}{num_tokens:,} tokens are too few for one window of seq_len={seq_len} and its shifted target: "
+            f"{num_tokens:,} tokens are too few for one window of seq_len={seq_len} and its shifted target: "
             f"at least {seq_len + 1} are needed"
+        )
+
+
+def check_validation(num_tokens: int, what: str) -> None:
+    """Raise ValueError for too few tokens for one prediction."""
+    if num_tokens < 2:
+        raise ValueError(
+            f"{what} has too few tokens, {num_tokens}: at least 2 are needed, one to predict from the other"
         )
