@@ -49,9 +49,8 @@ def main(config: DictConfig) -> None:
             figures["load"] = loading(folder, config.tokens_gb, config.rounds)
     finally:
         shutil.rmtree(folder)
-    target = ROOT / "outputs" / "benchmark_data.json"
-    target.write_text(json.dumps(figures, indent=2) + "\n")
-    print(f"\nfigures in {target}")
+    Path(config.figures).write_text(json.dumps(figures, indent=2) + "\n")
+    print(f"\nfigures in {config.figures}")
 
 
 def in_new_process(function: Any, *arguments: Any) -> Any:

@@ -11,7 +11,7 @@ from language_model.config import ConfigError, build, check, entry_point
 @entry_point("prepare")
 def main(config: DictConfig) -> None:
     """Prepare a corpus, as the config says."""
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from language_model.data import TextData
     from language_model.run import shown
@@ -23,13 +23,12 @@ def main(config: DictConfig) -> None:
     if not isinstance(data, TextData):
         raise ConfigError("data: only text is to be prepared")
     corpus = data.corpus
-    title = f"{data.name}, vocabulary {corpus.tokenizer.vocab_size:,}"
-    table = Table("", *corpus.facts, title=title, title_justify="left")
+    table = Table("", *(Column(split, justify="right") for split in corpus.facts), title=data.name)
     for what in ("documents", "characters", "bytes", "tokens"):
         table.add_row(what, *(f"{facts[what]:,}" for facts in corpus.facts.values()))
     table.add_row("bytes a token", *(f"{facts['bytes'] / facts['tokens']:.2f}" for facts in corpus.facts.values()))
     terminal.print(table)
-    terminal.print(f"kept in {shown(corpus.folder)}", soft_wrap=True)
+    terminal.print(f"vocabulary {corpus.tokenizer.vocab_size:,}, kept in {shown(corpus.folder)}", soft_wrap=True)
 
 
 if __name__ == "__main__":

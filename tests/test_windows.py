@@ -77,9 +77,7 @@ def test_windows_of_a_file_go_to_a_worker_as_the_files_name(tmp_path: Path) -> N
 
 def test_too_few_tokens_for_a_window() -> None:
     check_training(65, 64)
-    with pytest.raises(
-        ValueError, match=r"64 tokens are too few for one window of seq_len=64 .* at least 65 are"
-    ):
+    with pytest.raises(ValueError, match=r"64 tokens are too few for one window of seq_len=64 .* at least 65 are"):
         check_training(64, 64)
     check_validation(2, "it")
     with pytest.raises(ValueError, match="it has too few tokens, 1: at least 2 are needed"):

@@ -2,8 +2,9 @@
 
 The way of the data is one line, and these modules stand along it:
 
-    text file -> `tokenizer` -> `data` (windows, their order, batches) -> `gpt` -> logits
-    -> `module` (loss, metrics) -> `optim` and `schedule` -> checkpoints -> `generate`
+    text files (`corpus`) -> `tokenizer` -> token files (`prepare`, `tokens`) -> shifted `windows` and their order
+    -> batches (`data`) -> `gpt` -> logits -> `module` (loss, metrics) -> `optim` and `schedule` -> checkpoints
+    -> `generate`
 
 `callbacks` is what watches a run; `config` is Hydra's side: it checks configs and builds from them; `run` is what a
 run leaves on disk. Only `config`, `run` and the scripts know Hydra. `gpt`, `tokenizer`, `schedule`, `optim` and

@@ -5,10 +5,9 @@ import gzip
 import hashlib
 import io
 import json
-import os
 import re
+import secrets
 import shlex
-import tempfile
 import urllib.request
 import zlib
 from collections.abc import Callable, Iterator
@@ -182,10 +181,9 @@ def fetched(url: str, sha256: str, folder: Path) -> Path:
     if target.is_file() and digest(target) == sha256:
         return target
     folder.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(prefix=f"{target.name}.", suffix=".partial", dir=folder)
-    partial = Path(name)
+    partial = folder / f"{target.name}.{secrets.token_hex(4)}.partial"
     try:
-        with os.fdopen(descriptor, "wb") as file, urllib.request.urlopen(url, timeout=30) as response:
+        with partial.open("wb") as file, urllib.request.urlopen(url, timeout=30) as response:
             size = int(response.headers.get("Content-Length") or 0)
             with progress(f"fetching {target.name}", size or None) as advance:
                 while content := response.read(1 << 16):

@@ -6,8 +6,8 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -254,7 +254,8 @@ def whole_folder(folder: Path) -> Iterator[Path | None]:
                 return
             for left in cache.glob(f"{glob.escape(folder.name)}.*.partial"):
                 shutil.rmtree(left)
-            partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=".partial", dir=cache))
+            partial = cache / f"{folder.name}.{secrets.token_hex(4)}.partial"
+            partial.mkdir()
             try:
                 yield partial
                 partial.replace(folder)

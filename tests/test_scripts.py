@@ -1,0 +1,94 @@
+"""scripts/prepare.py and scripts/benchmark_data.py, as a user runs them."""
+
+import hashlib
+import json
+import runpy
+import sys
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, Script
+
+POEM = "Во дни сомнений, во дни тягостных раздумий\n" * 100
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path):
+    """Run scripts/prepare.py in this process."""
+
+    def start(*overrides: str) -> str:
+        monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+        monkeypatch.setattr(sys, "argv", ["prepare.py", f"data.cache={tmp_path / 'cache'}", *overrides])
+        runpy.run_path(str(ROOT / "scripts" / "prepare.py"), run_name="__main__")
+        return capsys.readouterr().out
+
+    return start
+
+
+def test_a_corpus_is_prepared_and_summed_up(run, tmp_path: Path) -> None:
+    (tmp_path / "poem.txt").write_text(POEM, encoding="utf-8")
+    said = run(f"data.path={tmp_path / 'poem.txt'}")
+    assert [line.strip("│ ").split() for line in said.splitlines() if "│" in line] == [
+        ["documents", "│", "1", "│", "1"],
+        ["characters", "│", "3,870", "│", "430"],
+        ["bytes", "│", "7,020", "│", "780"],
+        ["tokens", "│", "3,870", "│", "430"],
+        ["bytes", "a", "token", "│", "1.81", "│", "1.81"],
+    ]
+    assert "vocabulary 22, kept in " in said
+    (folder,) = (tmp_path / "cache").iterdir()
+    before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert run(f"data.path={tmp_path / 'poem.txt'}") == said
+    assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+
+
+def test_token_files_need_no_preparation(run, tmp_path: Path) -> None:
+    (tmp_path / "train.bin").write_bytes(bytes(10_000))
+    with pytest.raises(SystemExit, match="error: data: only text is to be prepared"):
+        run("data=bin", f"data.train_path={tmp_path / 'train.bin'}")
+
+
+def test_a_corpus_that_is_fetched(run, tmp_path: Path) -> None:
+    folder = tmp_path / "served" / "data" / "tinyshakespeare"
+    folder.mkdir(parents=True)
+    (folder / "input.txt").write_text(POEM, encoding="utf-8")
+    sha256 = hashlib.sha256(POEM.encode()).hexdigest()
+
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=tmp_path / "served")) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        url = f"http://127.0.0.1:{server.server_port}/data/tinyshakespeare/input.txt"
+        with pytest.raises(SystemExit, match=r"its sha256 is .* fetch it by hand"):
+            run("data=tinyshakespeare", f"data.url={url}")  # whose sum is that of the real one
+        assert list((tmp_path / "cache").iterdir()) == []
+        assert "3,870" in run("data=tinyshakespeare", f"data.url={url}", f"data.sha256={sha256}")
+        server.shutdown()
+        thread.join()
+    assert "3,870" in run("data=tinyshakespeare", f"data.url={url}", f"data.sha256={sha256}")  # with no server
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads memory from /proc")
+def test_memory_stays_bounded(script: Script, tmp_path: Path) -> None:
+    """What the benchmark measures, at sizes that a test can afford: the limits are those for 2 GB and 100 GB."""
+    figures = tmp_path / "figures.json"
+    done = script(
+        "benchmark_data.py",
+        "text_gb=0.02",
+        "tokens_gb=100",
+        "rounds=1",
+        f"folder={tmp_path}/files",
+        f"figures={figures}",
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(figures.read_text())
+    assert all(0 < prepared["mb"] < 200 for prepared in found["prepare"].values())
+    assert all(loaded["mb"] < 50 for loaded in found["load"].values())
+    assert list(tmp_path.iterdir()) == [figures]
