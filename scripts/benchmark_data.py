@@ -153,7 +153,7 @@ def load_both(folder: Path, batch_size: int, seq_len: int, rounds: int, recipe: 
         loaders = {}
         for name in ("small", "large"):
             tokens = [TokenFile(folder / f"{name}.bin", "uint16")]
-            data = TokenData(IdTokenizer(65), tokens, [], seq_len, batch_size, seq_len, num_workers=0, seed=0)
+            data = TokenData(name, IdTokenizer(65), tokens, [], seq_len, batch_size, seq_len, num_workers=0, seed=0)
             loaders[name] = chain.from_iterable(repeat(data.train_dataloader()))
         times: dict[str, list[float]] = {name: [] for name in loaders}
         for i in range(100 * (rounds + 1)):  # the first round warms up

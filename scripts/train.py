@@ -4,8 +4,10 @@
 """
 
 import math
+import signal
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
@@ -20,19 +22,21 @@ def main(config: DictConfig) -> None:
     from lightning.pytorch.callbacks import Checkpoint
 
     from language_model import report, run
+    from language_model.checkpoint import rewind
     from language_model.hardware import best_precision, device_type
-    from language_model.module import LanguageModel
+    from language_model.module import LanguageModel, NonFiniteError
     from language_model.schedule import steps_in_run
-    from language_model.terminal import speak
+    from language_model.terminal import log, speak
 
     speak()
 
     # Build everything, working out what was left open; nothing is written until all of it has proved good.
+    config, overrides = run.continued(config)
     check(config)
     L.seed_everything(config.seed, workers=True, verbose=False)
     folder = run.folder_for(config)
     config.folder = str(folder)
-    checkpoint = run.checkpoint_to_resume(config.resume) if config.resume else None
+    before = run.earlier(folder)
     data = build(config, "data")
     config.vocab_size = config.vocab_size or data.tokenizer.vocab_size
     if config.vocab_size < data.tokenizer.vocab_size:
@@ -47,8 +51,14 @@ def main(config: DictConfig) -> None:
     one_of("monitor", config.monitor, monitored)
     callbacks = {name: callback for name, callback in build(config, "callbacks").items() if callback}
     loggers = [logger for logger in build(config, "logger").values() if logger]
-    saves = any(isinstance(callback, Checkpoint) for callback in callbacks.values())  # else lightning adds one
-    trainer = build(config, "trainer", callbacks=list(callbacks.values()), logger=loggers, enable_checkpointing=saves)
+    trainer = build(
+        config,
+        "trainer",
+        callbacks=list(callbacks.values()),
+        logger=loggers,
+        enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks.values()),  # or it adds one
+        plugins=[build(config, "checkpoint_io")],
+    )
     data.trainer = trainer  # the order of the windows depends on its devices
     limits = ("max_epochs", "max_steps", "limit_train_batches", "accumulate_grad_batches")
     steps = steps_in_run(len(data.order()), **{limit: config.trainer[limit] for limit in limits})
@@ -62,38 +72,52 @@ def main(config: DictConfig) -> None:
         module.schedule(0)
     with blamed_on("optimizer"):
         module.configure_optimizers()
-    if checkpoint is not None:
-        run.check_resumable(checkpoint, module, steps)
     if "sample" in callbacks:
         with blamed_on("callbacks.sample.prompt"):
             data.tokenizer.encode(callbacks["sample"].prompt or data.opening)
 
-    with run.kept(folder, config, data.tokenizer, trainer.is_global_zero):
+    # A run of that name goes on where it stopped, if it is the same run.
+    checkpoint = Path(config.resume) if config.resume else None
+    if before is not None:
+        run.check_unchanged(folder, before.settings, config)
+        if run.is_finished(before, config):
+            report.conclude(config, before.result)
+            return
+        checkpoint = before.checkpoint
+    if checkpoint is not None:
+        run.check_resumable(checkpoint, module, steps)
+
+    with run.kept(folder, config, overrides, data.tokenizer, trainer.is_global_zero):
         untrained_loss = report.announce(config, data, module, trainer, steps)
+        if before is not None:
+            log.info(f"goes on  from {run.shown(before.checkpoint)}")
+            rewind(trainer, run.read(before.checkpoint)["logs"])
         result: dict[str, Any] = {
             "status": "failed",
             "guessing_loss": math.log(data.tokenizer.vocab_size),
             "untrained_loss": untrained_loss,
             "versions": run.versions(),
         }
-        started = time.perf_counter()
+        started = time.perf_counter() - (before.result.get("seconds", 0.0) if before else 0.0)
         try:
-            trainer.fit(module, data, ckpt_path=checkpoint)
+            trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
             result["status"] = "finished"
-        except SystemExit:  # how lightning ends after SIGTERM and Ctrl-C, with statuses of its own
+        except SystemExit:  # how lightning ends after SIGTERM and a second Ctrl-C, with statuses of its own
             result["status"] = "interrupted"
             report.interrupted(config, trainer.global_step)
-            sys.exit(143 if trainer.received_sigterm else 130)
+            asked = callbacks["last"].signal if "last" in callbacks else None
+            sys.exit(143 if trainer.received_sigterm or asked == signal.SIGTERM else 130)
         except Exception as error:
             result["error"] = f"{type(error).__name__}: {error}"
+            report.failed(config, error, module)
+            if isinstance(error, NonFiniteError | OSError):  # nothing in the code is wrong: no traceback
+                raise ConfigError(str(error)) from error
             raise
         finally:
             result["seconds"] = time.perf_counter() - started
             if trainer.is_global_zero:
                 result |= report.collect(module, trainer, config.monitor)
                 run.save_result(folder, result)
-        if "last" in callbacks and not trainer.fast_dev_run:
-            trainer.save_checkpoint(folder / "checkpoints" / "last.ckpt")
         report.log_hyperparameters(config, result, trainer)
         report.conclude(config, result)
 

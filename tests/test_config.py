@@ -3,10 +3,13 @@ from typing import Literal
 
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hypothesis import given
+from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf
 from pydantic import PositiveInt
 
-from language_model.config import ROOT, ConfigError, build, check, entry_point, flat, name_or_time, plain
+from language_model.config import ROOT, ConfigError, build, check, entry_point, flat, name_or_time, plain, quoted
 
 CONF = ROOT / "conf"
 GROUPS = sorted(f"{path.parent.name}={path.stem}" for path in CONF.glob("*/*.yaml"))
@@ -153,7 +156,7 @@ def test_names() -> None:
         ("lr=1", "lr: unknown key; did you mean optimizer.lr or schedule.lr?"),
         ("optimizer.zzz=1", "optimizer.zzz: unknown key; known: lr, betas, "),
         ("optimizer=sgd optimizer.momentun=1", "optimizer.momentun: unknown key; did you mean momentum"),
-        ("model=[nano", "no viable alternative at input '[nano'"),
+        ("model=[nano", "model=[nano: there is no such file in conf/model; choose from baby, gpt2, "),
     ],
 )
 def test_an_override_that_hydra_refuses_is_told_in_one_line(
@@ -178,3 +181,28 @@ def test_a_config_error_ends_a_script_with_one_line(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
     with pytest.raises(ConfigError):
         entry_point("train")(task)()
+
+
+@given(text=st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1))
+def test_any_text_can_be_a_value(text: str) -> None:
+    argument = quoted(f"prompt={text}", literal=("prompt",))
+    if not (len(text) > 1 and text[0] == text[-1] and text[0] in "'\""):
+        assert OverridesParser.create().parse_override(argument).value() == text
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        ("data.path=Всё.txt", "Всё.txt"),
+        ("data.path=[Всё.txt", "[Всё.txt"),
+        ("data.path='a b'", "a b"),
+        ("data.path=[a.txt,b.txt]", ["a.txt", "b.txt"]),
+        ("optimizer.lr=1e-3", 1e-3),
+        ("name=null", None),
+    ],
+)
+def test_other_values_are_hydras_where_it_can_read_them(argument: str, value: object) -> None:
+    assert OverridesParser.create().parse_override(quoted(argument)).value() == value
+    assert quoted("-m") == "-m"
+    assert quoted("--cfg=job") == "--cfg=job"
+    assert quoted("lr=1,2") == "lr=1,2"  # a sweep

@@ -2,7 +2,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from language_model.generate import generate
+from language_model.generate import generate, streamed
+from language_model.gpt import GPT
 
 
 class Counting(torch.nn.Module):
@@ -67,3 +68,65 @@ def test_the_seed_decides_and_no_other_random_state_moves() -> None:
 def test_impossible_settings_are_refused(arguments: dict, says: str) -> None:
     with pytest.raises(ValueError, match=says):
         next(generate(**{"network": Counting(), "tokens": torch.tensor([0]), "max_new_tokens": 1} | arguments))
+
+
+@pytest.fixture(scope="module", params=["learned", "rotary"])
+def gpt(request: pytest.FixtureRequest) -> GPT:
+    """A network with opinions, though it has learned nothing."""
+    torch.manual_seed(0)
+    network = GPT(
+        vocab_size=40, d_model=32, n_heads=4, n_layers=3, d_ff=64, max_seq_len=24, dropout=0.1,
+        position=request.param, norm="rmsnorm", activation="gelu", qk_norm=True, bias=True, tie_embeddings=False,
+        zero_init=False,
+    ).eval()  # fmt: skip
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.mul_(4)
+    return network
+
+
+@pytest.mark.parametrize("sampling", [{"temperature": 0}, {"temperature": 1.0}, {"top_k": 5}, {"top_p": 0.8}])
+@pytest.mark.parametrize("prompt_length", [1, 7, 24, 30])
+def test_the_cache_changes_no_token(gpt: GPT, sampling: dict, prompt_length: int) -> None:
+    """Greedy and sampled, up to the context's length and past it."""
+    prompt = torch.randint(40, (prompt_length,), generator=torch.Generator().manual_seed(1))
+    cached = list(generate(gpt, prompt, 40, **sampling, seed=3))
+    assert cached == list(generate(gpt, prompt, 40, **sampling, seed=3, use_cache=False))
+    assert len(set(cached)) > 1 or sampling == {"temperature": 0}
+
+
+def test_cached_logits_are_the_plain_ones(gpt: GPT) -> None:
+    tokens = torch.randint(40, (2, 24), generator=torch.Generator().manual_seed(2))
+    cache = gpt.new_cache()
+    with torch.no_grad():
+        parts = [gpt(tokens[:, start:end], cache) for start, end in ((0, 5), (5, 6), (6, 20), (20, 24))]
+        torch.testing.assert_close(torch.cat(parts, dim=1), gpt(tokens), rtol=1e-4, atol=1e-5)
+        assert cache.length == 24
+        with pytest.raises(ValueError, match="a sequence of 25 tokens is longer than max_seq_len=24"):
+            gpt(tokens[:, :1], cache)
+
+
+def test_top_p_leaves_the_likeliest_that_are_enough() -> None:
+    class Fixed(Counting):
+        def forward(self, tokens: Tensor) -> Tensor:
+            return torch.tensor([0.4, 0.3, 0.15, 0.1, 0.05, 0, 0]).log().expand(1, tokens.shape[1], 7)
+
+    for top_p, left in ((0.1, {0}), (0.4, {0}), (0.5, {0, 1}), (0.8, {0, 1, 2}), (1.0, {0, 1, 2, 3, 4})):
+        assert set(generate(Fixed(), torch.tensor([0]), 300, top_p=top_p)) == left
+
+
+def test_it_stops_at_the_end_of_a_text_and_within_the_vocabulary() -> None:
+    assert list(generate(Counting(), torch.tensor([2]), 8, 0, end_of_text=5)) == [3, 4]
+    assert max(generate(Counting(0.0), torch.tensor([0]), 200, vocab_size=3)) == 2
+
+
+def test_characters_are_streamed_whole() -> None:
+    text = "aé学👩!"
+    ids = list(text.encode())
+
+    def decode(some: list[int]) -> str:
+        return bytes(some).decode("utf-8", "replace")
+
+    assert list(streamed(decode, ids)) == list(text)
+    assert list(streamed(decode, ids[:-2])) == ["a", "é", "学", "\ufffd"]
+    assert "".join(streamed(decode, [0xFF] * 20 + [97])).endswith("a")

@@ -1,5 +1,6 @@
 import json
 import math
+import os
 import re
 from pathlib import Path
 
@@ -42,15 +43,20 @@ def test_the_commit_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     assert run.versions()["git_commit"] is None
 
 
-def test_what_to_resume_from(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="does not exist; a run's folder or a checkpoint is needed"):
-        run.checkpoint_to_resume(str(tmp_path))
-    with pytest.raises(ConfigError, match="does not exist"):
-        run.checkpoint_to_resume(str(tmp_path / "nothing.ckpt"))
-    last = tmp_path / "checkpoints" / "last.ckpt"
-    last.parent.mkdir()
-    last.touch()
-    assert run.checkpoint_to_resume(str(tmp_path)) == run.checkpoint_to_resume(str(last)) == last
+def test_finding_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(run, "SWEEPS", tmp_path / "sweeps")
+    with pytest.raises(ConfigError, match="run=latest: there is no such run"):
+        run.find("run", "latest")
+    for i, place in enumerate(("runs/first", "sweeps/lr/job", "runs/second")):
+        (tmp_path / place).mkdir(parents=True)
+        (tmp_path / place / "config.yaml").touch()
+        os.utime(tmp_path / place / "config.yaml", (i, i))
+    assert run.find("run", "latest") == tmp_path / "runs" / "second"
+    assert run.find("run", "first") == tmp_path / "runs" / "first"
+    assert run.find("run", str(tmp_path / "sweeps" / "lr" / "job")) == tmp_path / "sweeps" / "lr" / "job"
+    with pytest.raises(ConfigError, match=r"run=frist: there is no such run; .* did you mean first\?"):
+        run.find("run", "frist")
 
 
 def test_paths_are_shown_as_they_would_be_typed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

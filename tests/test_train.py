@@ -52,21 +52,22 @@ def train(
     """Run scripts/train.py in this process, writing to a folder of the test's."""
     monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
 
-    def start(*overrides: str, name: str = "run", tiny: bool = True) -> Run:
-        folder = tmp_path / name
+    def start(*overrides: str, name: str | None = "run", tiny: bool = True) -> Run | None:
+        folder = tmp_path / (name or "")
         constant = "schedule=constant" in overrides  # which has no warmup to set
         cache = f"data.cache={tmp_path_factory.getbasetemp() / 'corpora'}"
-        arguments = [*(TINY[:-1] if constant else TINY if tiny else []), cache, f"folder={folder}", *overrides]
+        arguments = [*(TINY[:-1] if constant else TINY if tiny else []), cache]
+        arguments += [*([f"folder={folder}"] if name else []), *overrides]
         monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
         runpy.run_path(str(ROOT / "scripts" / "train.py"), run_name="__main__")
-        return Run(folder, capsys.readouterr().out)
+        return Run(folder, capsys.readouterr().out) if name else None
 
     return start
 
 
-def refused(train, *overrides: str) -> str:
+def refused(train, *overrides: str, **settings) -> str:
     with pytest.raises(SystemExit) as stopped:
-        train(*overrides)
+        train(*overrides, **settings)
     message = str(stopped.value)
     assert message.startswith("error: ")
     assert "\n" not in message
@@ -182,7 +183,7 @@ def test_early_stopping_by_patience(train) -> None:
 
 
 def test_a_run_limited_by_steps(train) -> None:
-    limited = train("trainer.max_epochs=-1", "trainer.max_steps=11", "callbacks.last.every_n_epochs=5")
+    limited = train("trainer.max_epochs=-1", "trainer.max_steps=11", "callbacks.last.every_n_steps=5")
     assert limited.result["steps"] == 11
     assert limited.config["total_steps"] == 11
     assert limited.checkpoint("last")["global_step"] == 11
@@ -191,24 +192,100 @@ def test_a_run_limited_by_steps(train) -> None:
     assert endless.config["total_steps"] is None
 
 
-def test_training_on_from_a_run_is_training_once(train) -> None:
-    """At the end of an epoch, with no dropout: nothing but the order and the optimizer's state must carry over."""
-    same = ["model.dropout=0.0", "schedule.min_lr=0.0", "total_steps=32"]
+def same_end(one: Run, other: Run) -> bool:
+    weights, expected = one.checkpoint("last")["state_dict"], other.checkpoint("last")["state_dict"]
+    return one.losses == other.losses and all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
+def test_a_run_of_the_same_name_trains_on_to_a_later_end(train) -> None:
+    same = ["model.dropout=0.3", "total_steps=32"]
     whole = train(*same, "trainer.max_epochs=4", name="whole")
-    half = train(*same, "trainer.max_epochs=2", name="half")
-    rest = train(*same, "trainer.max_epochs=4", f"resume={half.folder}", name="rest")
+    train(*same, "trainer.max_epochs=2")
+    longer = train(*same, "trainer.max_epochs=4", "trainer.log_every_n_steps=4", "data.num_workers=1")
+    assert "goes on  from " in longer.output
+    assert same_end(longer, whole)
+    assert longer.column("train/loss") == whole.column("train/loss")
+
+
+def test_resume_takes_a_runs_own_settings(train, tmp_path: Path) -> None:
+    whole = train("model.dropout=0.3", "total_steps=32", "trainer.max_epochs=4", name="whole")
+    part = train("model.dropout=0.3", "total_steps=32", name="part")
+    train(f"resume={part.folder}", "trainer.max_epochs=4", tiny=False, name=None)
+    assert same_end(Run(part.folder), whole)
+    overrides = yaml.safe_load((part.folder / "overrides.yaml").read_text())
+    assert [o for o in overrides if "max_epochs" in o] == ["trainer.max_epochs=4"]
+    assert "resume=nothing: there is no such run" in refused(train, "resume=nothing", tiny=False, name=None)
+    message = refused(train, f"resume={part.folder}", "model.d_model=32", tiny=False, name=None)
+    assert "part was trained with other settings: model.d_model=16 then, 32 now" in message
+
+
+def test_a_finished_run_says_so_and_stays_as_it_is(train) -> None:
+    first = train()
+    before = {path: path.stat().st_mtime_ns for path in first.folder.rglob("*")}
+    again = train()
+    assert f"best     train/loss_epoch {first.result['best']:.4f}" in again.output
+    assert "Epoch" not in again.output
+    assert {path: path.stat().st_mtime_ns for path in first.folder.rglob("*")} == before
+
+
+def test_a_checkpoint_file_starts_a_run_of_its_own(train) -> None:
+    half = train("total_steps=32", name="half")
+    resume = f"resume={half.folder / 'checkpoints' / 'last.ckpt'}"
+    rest = train("total_steps=32", resume, "trainer.max_epochs=4", name="rest")
+    whole = train("total_steps=32", "trainer.max_epochs=4", name="whole")
     assert half.losses + rest.losses == whole.losses
-    weights, expected = rest.checkpoint("last")["state_dict"], whole.checkpoint("last")["state_dict"]
-    assert all(torch.equal(weights[name], expected[name]) for name in expected)
-    resume = f"resume={half.folder}"
-    assert "was trained for 16 steps already, and the run ends at 16" in refused(train, *same, resume)
+    assert "was trained for 16 steps already, and the run ends at 16" in refused(train, resume)
     assert "out.bias has the shape (16,) there and (32,) here" in refused(
-        train, *same, resume, "trainer.max_epochs=4", "model.d_model=32"
+        train, resume, "trainer.max_epochs=4", "model.d_model=32"
     )
-    last = half.folder / "checkpoints" / "last.ckpt"
-    last.write_bytes(last.read_bytes()[:1_000])
-    assert "is not a run's checkpoint" in refused(train, *same, resume, "trainer.max_epochs=4")
-    assert not (half.folder.parent / "run").exists()
+    message = refused(train, resume, "trainer.max_epochs=4", "tokenizer=byte", "vocab_size=256", "model.vocab_size=43")
+    assert "was trained with another tokenizer" in message or "has the shape" in message
+
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, ("evil",)
+
+
+def test_damaged_and_foreign_checkpoints(train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    part = train("total_steps=32")
+    last = part.folder / "checkpoints" / "last.ckpt"
+    whole = last.read_bytes()
+    last.write_bytes(whole[:1_000])
+    longer = train("total_steps=32", "trainer.max_epochs=3")
+    assert "last.ckpt is damaged, or no checkpoint" in longer.output
+    assert "going on from run/checkpoints/best.ckpt" in longer.output
+    for name in ("last", "best"):
+        torch.save({"state_dict": Evil()}, part.folder / "checkpoints" / f"{name}.ckpt")
+    message = refused(train, "total_steps=32", "trainer.max_epochs=5")
+    assert "last.ckpt holds more than numbers and text, which might run code when loaded: refused" in message
+    assert not (tmp_path / "evil").exists()
+    for name in ("last", "best"):
+        (part.folder / "checkpoints" / f"{name}.ckpt").unlink()
+    assert "last.ckpt does not exist: nothing to go on from" in refused(train, "total_steps=32", "trainer.max_epochs=5")
+
+
+def test_a_folder_of_something_else_is_left_alone(train, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    assert "is there already, and is no run's folder; choose another name" in refused(train)
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_before_the_weights_are_touched(train, tmp_path: Path) -> None:
+    message = refused(
+        train, "optimizer=sgd", "optimizer.lr=1e30", "optimizer.fused=false", "trainer.gradient_clip_val=null",
+        "schedule=constant", "trainer.precision=32-true",
+    )  # fmt: skip
+    assert "the gradient of step 1 is not finite: loss " in message
+    facts = json.loads((tmp_path / "run" / "nonfinite.json").read_text())
+    assert facts["step"] == 1
+    assert facts["lr"] == 1e30
+    assert len(facts["texts"]) == 32
+    assert all(len(text) == 16 for text in facts["texts"])
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["status"] == "failed"
+    assert torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 1
 
 
 @pytest.mark.parametrize("experiment", sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml")))
@@ -301,13 +378,6 @@ def test_what_cannot_work_leaves_nothing_behind(train, tmp_path: Path, overrides
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_that_is_there_is_not_written_to(train) -> None:
-    first = train()
-    before = {path: path.stat().st_mtime_ns for path in first.folder.rglob("*")}
-    assert "is there already; choose another name, or remove it" in refused(train)
-    assert {path: path.stat().st_mtime_ns for path in first.folder.rglob("*")} == before
-
-
 def test_a_crash_is_on_record(train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from language_model.module import LanguageModel
 
@@ -373,17 +443,31 @@ def test_a_signal_stops_a_run_with_its_status_and_a_checkpoint(tmp_path: Path, s
         f"folder={tmp_path}/run",
         "trainer.max_epochs=100000",
     ]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # which a shell's & turns off
+    )  # fmt: skip
     deadline = time.monotonic() + 120
     while not (tmp_path / "run" / "checkpoints" / "last.ckpt").exists() and time.monotonic() < deadline:
         time.sleep(0.1)
+    time.sleep(1)  # some steps
     process.send_signal(sent)
     said, _ = process.communicate(timeout=120)
     assert process.returncode == status, said
     assert "go on with: python" in said
     stopped = Run(tmp_path / "run")
     assert stopped.result["status"] == "interrupted"
-    assert stopped.checkpoint("last")["global_step"] == stopped.result["steps"]
+    assert stopped.checkpoint("last")["global_step"] == stopped.result["steps"] > 0
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks a process for each run")
+@pytest.mark.parametrize("count", [4, pytest.param(20, marks=pytest.mark.slow)])
+def test_killed_and_resumed_runs_come_to_the_same_bits(count: int, tmp_path: Path) -> None:
+    """SIGKILL, SIGTERM and Ctrl-C at many moments, within saves too; see kills.py."""
+    script = [sys.executable, str(ROOT / "tests" / "kills.py"), str(count)]
+    done = subprocess.run(script, capture_output=True, text=True, timeout=1_200)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"{count} of {count} killed and resumed runs came to the same bits" in done.stdout
 
 
 @pytest.mark.slow

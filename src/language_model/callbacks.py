@@ -28,6 +28,15 @@ class Throughput(Callback):
         self._since: float | None = None
         self._logged_step = 0
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run counts on from."""
+        return {"tokens": self.tokens, "seconds": self.seconds}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Count on."""
+        self.tokens, self.seconds = state_dict["tokens"], state_dict["seconds"]
+        self._last = (self.tokens, self.seconds)
+
     @property
     def tokens_per_sec(self) -> float:
         """The mean over the run."""
@@ -85,9 +94,19 @@ class GradientNorm(Callback):
         self._warned = False
         self._last_step = 0
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run counts on from."""
+        return {"steps": self.steps, "sums": self._sums, "warned": self._warned}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Count on."""
+        self.steps, self._sums, self._warned = state_dict["steps"], state_dict["sums"], state_dict["warned"]
+
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Note where the run starts."""
         self._last_step = trainer.global_step
+        if self._sums is not None:
+            self._sums = self._sums.to(pl_module.device)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Add a step's norm; all on its device, so nothing waits but the steps that are logged."""
@@ -157,8 +176,9 @@ class Sample(Callback):
         tokens = torch.tensor(tokenizer.encode(prompt), dtype=torch.int64, device=device)
         training = network.training
         network.eval()
-        settings = (self.temperature, self.top_k, self.seed, tokenizer.vocab_size)
-        ids = list(generate(network, tokens, self.max_new_tokens, *settings))
+        sampling = (self.temperature, self.top_k, None, self.seed)
+        new = generate(network, tokens, self.max_new_tokens, *sampling, tokenizer.vocab_size, tokenizer.end_of_text)
+        ids = list(new)
         network.train(training)
         return prompt + tokenizer.decode(ids)
 

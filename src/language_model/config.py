@@ -23,6 +23,7 @@ from typing import Annotated, Any
 import hydra
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, InstantiationException, MissingConfigException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -66,11 +67,13 @@ class ConfigError(Exception):
     """Something that a user set and can set right; its text is one line."""
 
 
-def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], None]], Callable[[], None]]:
+def entry_point(
+    config_name: str, literal: tuple[str, ...] = ()
+) -> Callable[[Callable[[DictConfig], None]], Callable[[], None]]:
     """Make a function of a config the entry point of a script, composed by Hydra from ``conf/<config_name>.yaml``.
 
     A ConfigError, or an override that Hydra refuses, ends it with one line on stderr and exit status 1;
-    with HYDRA_FULL_ERROR=1 also with the traceback.
+    with HYDRA_FULL_ERROR=1 also with the traceback. The values of `literal` keys are text, whatever it is made of.
     """
 
     def decorate(task: Callable[[DictConfig], None]) -> Callable[[], None]:
@@ -90,6 +93,7 @@ def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], None]], Ca
         hydra_main = hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name=config_name)(job)
 
         def main() -> None:
+            sys.argv[1:] = [quoted(argument, literal) for argument in sys.argv[1:]]
             if traceback_wanted:
                 return hydra_main()
             os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises what it would print in several lines
@@ -105,6 +109,21 @@ def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], None]], Ca
     return decorate
 
 
+def quoted(argument: str, literal: tuple[str, ...] = ()) -> str:
+    """Return an override with its value in quotes, if its key is `literal` or Hydra's grammar has no place for it."""
+    key, equals, value = argument.partition("=")
+    if not equals or argument.startswith("-") or (len(value) > 1 and value[0] == value[-1] and value[0] in "'\""):
+        return argument
+    if key not in literal:
+        try:
+            OverridesParser.create().parse_override(argument)
+            return argument
+        except HydraException:
+            pass
+    inner = re.sub(r"(\\*)('|$)", lambda match: 2 * match[1] + ("\\'" if match[2] else ""), value)
+    return f"{key}='{inner}'"
+
+
 def check(config: DictConfig) -> None:
     """Raise ConfigError for the first key that nothing takes, or value that does not fit its key.
 
@@ -118,6 +137,13 @@ def check(config: DictConfig) -> None:
         check_value(key, everything[key], SETTINGS[key])
     for key, node in nodes.items():
         check_node(key, node, allow_null=True)
+
+
+def check_values(config: DictConfig, annotations: Mapping[str, Any]) -> None:
+    """Raise ConfigError for the first value that does not fit the annotation of its dotted key."""
+    values = flat(plain(config))
+    for key, annotation in annotations.items():
+        check_value(key, values[key], annotation)
 
 
 def build(config: DictConfig, key: str, **arguments: Any) -> Any:
@@ -155,7 +181,10 @@ def check_node(path: str, node: Mapping[str, Any], allow_null: bool = False) -> 
             raise ConfigError(f"{path}._target_={node['_target_']}: {one_line(str(error))}") from error
         function = target.__init__ if inspect.isclass(target) else target
         parameters = inspect.signature(target).parameters
-        annotations = typing.get_type_hints(function, include_extras=True)
+        try:
+            annotations = typing.get_type_hints(function, include_extras=True)
+        except NameError:  # some are imported for type checkers only, as in lightning's plugins
+            annotations = {}
     for key, value in node.items():
         here = f"{path}.{key}"
         if key.startswith("_") and key.endswith("_"):

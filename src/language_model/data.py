@@ -24,6 +24,7 @@ class TokenData(L.LightningDataModule):
     """Token sequences as batches (inputs, targets), each (B, T) int64: shuffled for training, in order for validation.
 
     Args:
+        name: what to call it.
         tokenizer: that made the tokens.
         train: the training tokens, in one sequence or several.
         val: the validation tokens; none for no validation.
@@ -34,11 +35,12 @@ class TokenData(L.LightningDataModule):
         seed: decides the order of the windows.
 
     Raises:
-        ValueError: there are too few tokens for a window, a batch, or the validation.
+        ValueError: with `order`, that there are too few windows for a batch.
     """
 
     def __init__(
         self,
+        name: str,
         tokenizer: Tokenizer,
         train: Sequence[Tokens],
         val: Sequence[Tokens],
@@ -49,6 +51,7 @@ class TokenData(L.LightningDataModule):
         seed: int,
     ) -> None:
         super().__init__()
+        self.name = name
         self.tokenizer = tokenizer
         self.seq_len = seq_len
         self.batch_size = batch_size
@@ -59,11 +62,10 @@ class TokenData(L.LightningDataModule):
         self.val_windows = WindowsInOrder(val, seq_len) if val else None
         self.num_train_tokens = sum(map(len, train))
         self.num_val_tokens = sum(map(len, val))
-        first = np.asarray(train[0])[:100]
+        first = np.asarray((*train, *val)[0])[:100]
         beginning = tokenizer.decode(first[first != tokenizer.end_of_text]).rstrip("\ufffd")  # half a character
         words = re.search(r"\S+(\s+\S+)?", beginning)
         self.opening = words[0][:40] if words else beginning[:1]  # the first two words
-        self.order()  # raises where there are too few windows
 
     @property
     def has_validation(self) -> bool:
@@ -73,12 +75,18 @@ class TokenData(L.LightningDataModule):
     def order(self) -> ShuffledBatches:
         """Return the order of the training batches, for this process of this trainer."""
         trainer = self.trainer
+
+        def done() -> int:
+            """Return how many of the epoch's batches a resumed run has behind it."""
+            return trainer.fit_loop.epoch_loop.batch_progress.current.completed if trainer else 0
+
         return ShuffledBatches(
             len(self.train_windows),
             self.stride,
             self.batch_size,
             self.seed,
             epoch=lambda: trainer.current_epoch if trainer else 0,
+            done=done,
             rank=trainer.global_rank if trainer else 0,
             world_size=trainer.world_size if trainer else 1,
         )
@@ -173,8 +181,8 @@ class TextData(TokenData):
                 ShuffledBatches(num_tokens - seq_len, stride, batch_size, seed, epoch=lambda: 0)
 
         self.corpus = prepare(train, val, val_fraction, tokenizer, end_of_text, Path(cache), accept)
-        self.name = train.name
         super().__init__(
+            train.name,
             self.corpus.tokenizer,
             [self.corpus.train],
             [] if self.corpus.val is None else [self.corpus.val],
@@ -209,7 +217,7 @@ class BinData(TokenData):
         seed: NonNegativeInt = 0,
     ) -> None:
         train, val = token_files(train_path), [] if val_path is None else token_files(val_path)
-        self.name = ", ".join(file.path.name for file in train[:2]) + (", ..." if len(train) > 2 else "")
+        name = ", ".join(file.path.name for file in train[:2]) + (", ..." if len(train) > 2 else "")
         largest = {f: remembered("largest_id", f.path, Path(cache), f.largest_id) for f in (*train, *val)}
         made = tokenizer(NoText(max(largest[file] for file in train)), False)
         for file in (*train, *val):
@@ -220,7 +228,8 @@ class BinData(TokenData):
         for file in val:
             check_validation(len(file), str(file.path))
         check_training(max(map(len, train)), seq_len)
-        super().__init__(made, train, val, seq_len, batch_size, stride, num_workers, seed)
+        super().__init__(name, made, train, val, seq_len, batch_size, stride, num_workers, seed)
+        self.order()  # raises where there are too few windows
 
 
 class NoText:

@@ -101,18 +101,56 @@ class GPT(nn.Module):
         if zero_init:
             nn.init.zeros_(self.head.weight)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Map tokens (B, T) int64 to logits (B, T, V); ValueError if T is above max_seq_len."""
-        _, T = tokens.shape
-        if self.max_seq_len < T:
-            raise ValueError(f"a sequence of {T} tokens is longer than max_seq_len={self.max_seq_len}")
+    def forward(self, tokens: Tensor, cache: "Cache | None" = None) -> Tensor:
+        """Map tokens (B, T) int64 to logits (B, T, V); ValueError for more than max_seq_len tokens.
+
+        With a cache the tokens stand behind those that went through it before, and are added to it.
+        """
+        start = cache.length if cache else 0
+        end = start + tokens.shape[1]
+        if self.max_seq_len < end:
+            raise ValueError(f"a sequence of {end} tokens is longer than max_seq_len={self.max_seq_len}")
         x = self.token_embedding(tokens)  # (B, T, C)
         if self.position_embedding is not None:
-            x = x + self.position_embedding.weight[:T]
+            x = x + self.position_embedding.weight[start:end]
         x = self.dropout(x)
-        for block in self.blocks:
-            x = block(x)
+        for i, block in enumerate(self.blocks):
+            x = block(x, cache and cache.layers[i])
+        if cache:
+            cache.length = end
         return self.head(self.norm(x))
+
+    def new_cache(self) -> "Cache":
+        """Return an empty cache, for generating token by token."""
+        return Cache(len(self.blocks))
+
+
+class Cache:
+    """The keys and values of the tokens that a network has seen, for each block, so that they are computed once."""
+
+    def __init__(self, n_layers: int) -> None:
+        self.length = 0  # tokens in it
+        self.layers = [CachedLayer() for _ in range(n_layers)]
+
+
+class CachedLayer:
+    """One block's keys and values, in buffers for max_seq_len tokens."""
+
+    keys: Tensor
+    values: Tensor
+
+    def __init__(self) -> None:
+        self.length = 0
+
+    def add(self, k: Tensor, v: Tensor, max_seq_len: int) -> tuple[Tensor, Tensor]:
+        """Add k and v (B, H, T, D); return all there are (B, H, length, D)."""
+        if self.length == 0:
+            B, H, _, D = k.shape
+            self.keys, self.values = k.new_empty(2, B, H, max_seq_len, D).unbind(0)
+        start, self.length = self.length, self.length + k.shape[2]
+        self.keys[:, :, start : self.length] = k
+        self.values[:, :, start : self.length] = v
+        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
 
 
 class Block(nn.Module):
@@ -133,9 +171,9 @@ class Block(nn.Module):
         self.feed_forward = ff
         self.dropout = Dropout(dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cached: CachedLayer | None = None) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
-        x = x + self.dropout(self.attention(self.attention_norm(x)))
+        x = x + self.dropout(self.attention(self.attention_norm(x), cached))
         return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
 
 
@@ -167,17 +205,23 @@ class Attention(nn.Module):
         if rotary:
             self.register_buffer("rotation", rotary_angles(max_seq_len, d_model // n_heads), persistent=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, T, C) -> (B, T, C); position t sees positions 0 to t only."""
+    def forward(self, x: Tensor, cached: CachedLayer | None = None) -> Tensor:
+        """(B, T, C) -> (B, T, C); position t sees positions 0 to t only, and what is cached before them."""
         B, T, C = x.shape
+        start = cached.length if cached else 0
         qkv = self.qkv(x).view(B, T, 3, self.n_heads, C // self.n_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, H, T, D)
         if self.rotary:
-            q, k = rotate(q, self.rotation[:, :T]), rotate(k, self.rotation[:, :T])
+            rotation = self.rotation[:, start : start + T]
+            q, k = rotate(q, rotation), rotate(k, rotation)
         if self.qk_norm:
             q, k = F.rms_norm(q, q.shape[-1:]).to(v.dtype), F.rms_norm(k, k.shape[-1:]).to(v.dtype)
         dropping = self.training and self.dropout.p > 0
-        if x.device.type == "cpu" and (dropping or q.dtype == torch.bfloat16):
+        if cached:
+            k, v = cached.add(k, v, len(self.causal_mask))
+            mask = self.causal_mask[start : start + T, : start + T].to(q.dtype)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        elif x.device.type == "cpu" and (dropping or q.dtype == torch.bfloat16):
             # On CPUs torch's fused kernel is the slower one in bfloat16 and under dropout. Autocast would have the
             # softmax in float32, where on a CPU it computes in float32 anyway and only the copies would be added.
             with torch.autocast("cpu", enabled=False):

@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from language_model.tokenizer import Tokenizer
 from language_model.windows import IGNORED
 
+FORMAT = 1  # of a checkpoint; raised when `load_run` has to tell older ones apart
 Batch = tuple[Tensor, Tensor]
 
 
@@ -52,6 +53,8 @@ class LanguageModel(L.LightningModule):
         self.grad_norm = torch.zeros(())  # of the last step, before clipping
         self.last_lr = 0.0  # that the last step was taken with
         self._step_loss = Mean()
+        self._step_batches: list[Batch] = []
+        self._last_loss = torch.zeros(())
         self.epoch_loss = Mean()  # of the training batches
         self._val_loss = Mean()
         self._val_bytes: Tensor | int = 0
@@ -68,8 +71,9 @@ class LanguageModel(L.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the loss of a batch."""
         loss = self.loss(batch)
-        self._step_loss.add(loss.detach())
-        self.epoch_loss.add(loss.detach())
+        self._last_loss = loss.detach()
+        self._step_loss.add(self._last_loss)
+        self._step_batches.append(batch)
         return loss
 
     def configure_gradient_clipping(
@@ -87,15 +91,27 @@ class LanguageModel(L.LightningModule):
             if gradient_clip_val:
                 clip_grad_value_(parameters, gradient_clip_val)
         self.last_lr = optimizer.param_groups[0]["lr"]
+        # With float16 the scaler meets such steps now and then, and leaves them out.
+        if self.trainer.precision != "16-mixed" and not self.grad_norm.isfinite():
+            step = self.trainer.global_step
+            losses = [float(self.loss(batch).detach()) for batch in self._step_batches]
+            guilty = next((i for i, loss in enumerate(losses) if not math.isfinite(loss)), -1)
+            tokens = self._step_batches[guilty][0]
+            raise NonFiniteError(step, self.last_lr, float(self._step_loss.value), float(self.grad_norm), tokens)
         # self.log costs more than a small model's step, so it is called for steps that are written only.
         if (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0:
             self.log("train/loss", self._step_loss.value, sync_dist=True)
             self.log_dict({"lr": self.last_lr, "train/grad_norm": self.grad_norm})
-        self._step_loss = Mean()
+        self._step_loss, self._step_batches = Mean(), []
 
-    def on_train_epoch_start(self) -> None:
-        """Start the epoch's mean."""
-        self.epoch_loss = Mean()
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Start the epoch's mean at its first batch."""
+        if batch_idx == 0:
+            self.epoch_loss = Mean()
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        """Add the batch to the epoch's mean, now that its step is done."""
+        self.epoch_loss.add(self._last_loss)
 
     def on_train_epoch_end(self) -> None:
         """Log the epoch's mean loss."""
@@ -124,8 +140,15 @@ class LanguageModel(L.LightningModule):
             self.log("val/bits_per_byte", nats / math.log(2) / num_bytes)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Note which tokenizer the weights belong to."""
+        """Add the epoch's mean so far, and which tokenizer the weights belong to."""
+        checkpoint["epoch_loss"] = [torch.as_tensor(self.epoch_loss.total), torch.as_tensor(self.epoch_loss.weight)]
         checkpoint["tokenizer"] = self.tokenizer.fingerprint
+        checkpoint["format"] = FORMAT
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on with the epoch's mean."""
+        if "epoch_loss" in checkpoint:
+            self.epoch_loss.total, self.epoch_loss.weight = checkpoint["epoch_loss"]
 
     def configure_optimizers(self) -> dict[str, Any]:
         """Return the optimizer, and a LambdaLR that sets the schedule's rate before each step."""
@@ -134,6 +157,20 @@ class LanguageModel(L.LightningModule):
         # A function, not an object: LambdaLR would bring an object's attributes back from a checkpoint.
         scheduler = LambdaLR(optimizer, lambda step: schedule(step) / peak)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+class NonFiniteError(ArithmeticError):
+    """A gradient that is not finite, met before the weights were touched.
+
+    Attributes:
+        step: optimizer steps done before.
+        lr, loss, grad_norm: of the step that was not done.
+        tokens: its input tokens, (B, T) int64; of an accumulation, the first batch with a loss that is not finite.
+    """
+
+    def __init__(self, step: int, lr: float, loss: float, grad_norm: float, tokens: Tensor) -> None:
+        super().__init__(f"the gradient of step {step:,} is not finite: loss {loss:g}, norm {grad_norm:g}, lr {lr:g}")
+        self.step, self.lr, self.loss, self.grad_norm, self.tokens = step, lr, loss, grad_norm, tokens
 
 
 def accurate(device: torch.device) -> torch.dtype:

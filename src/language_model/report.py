@@ -1,5 +1,6 @@
 """What a run says before its first step and after its last, and the result it leaves."""
 
+import json
 import math
 import shlex
 from pathlib import Path
@@ -8,15 +9,14 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
-from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch.loggers import TensorBoardLogger
 from omegaconf import DictConfig
 
-from language_model.config import ROOT, flat, plain
+from language_model.config import ROOT, flat, one_line, plain
 from language_model.data import TokenData
 from language_model.hardware import describe
-from language_model.module import LanguageModel
-from language_model.run import shown
+from language_model.module import LanguageModel, NonFiniteError
+from language_model.run import finite, shown
 from language_model.terminal import log
 
 
@@ -134,8 +134,20 @@ def interrupted(config: DictConfig, step: int) -> None:
     log.warning(f"stopped at step {step:,}; go on with: {command_to_resume(Path(config.folder))}")
 
 
+def failed(config: DictConfig, error: Exception, module: LanguageModel) -> None:
+    """Say why a run failed and how it can go on; keep the batch whose gradient was not finite."""
+    if isinstance(error, NonFiniteError):
+        file = Path(config.folder) / "nonfinite.json"
+        texts = [module.tokenizer.decode(row) for row in error.tokens.tolist()]
+        facts = {"step": error.step, "lr": error.lr, "loss": error.loss, "grad_norm": error.grad_norm, "texts": texts}
+        file.write_text(json.dumps(finite(facts), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        log.warning(f"the batch begins with {texts[0][:60]!r}; all of it is in {shown(file)}")
+    else:
+        log.warning(f"{type(error).__name__}: {one_line(str(error))}")
+    if (Path(config.folder) / "checkpoints" / "last.ckpt").exists():
+        log.warning(f"once that is mended, go on with: {command_to_resume(Path(config.folder))}")
+
+
 def command_to_resume(folder: Path, *further: str) -> str:
-    """Return the command that trains on from a run's last checkpoint."""
-    ours = ("resume", "name", "folder", *(override.split("=")[0] for override in further))
-    typed = [o for o in HydraConfig.get().overrides.task if o.split("=")[0] not in ours]
-    return shlex.join(["python", shown(ROOT / "scripts" / "train.py"), *typed, *further, f"resume={shown(folder)}"])
+    """Return the command that goes on with a run."""
+    return shlex.join(["python", shown(ROOT / "scripts" / "train.py"), f"resume={shown(folder)}", *further])

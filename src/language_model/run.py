@@ -6,30 +6,91 @@ import json
 import logging
 import math
 import os
+import pickle
 import platform
 import re
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import hydra
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
-from language_model.config import ROOT, ConfigError, blamed_on, name_or_time, one_line
+from language_model.config import ROOT, ConfigError, blamed_on, flat, name_or_time, near, one_line, plain
 from language_model.module import LanguageModel
 from language_model.terminal import log
 
 RUNS = ROOT / "outputs" / "runs"
+SWEEPS = ROOT / "outputs" / "sweeps"
 FOLDER = "LANGUAGE_MODEL_RUN_FOLDER"  # tells the processes that lightning starts where the first one writes
 
 
+# What may be other when a run goes on: how it is done and watched, and how far it goes, but not what it is.
+MAY_CHANGE = (
+    "name", "folder", "resume", "total_steps", "schedule.total_steps",
+    "trainer.max_epochs", "trainer.max_steps", "trainer.max_time", "trainer.accelerator", "trainer.devices",
+    "trainer.num_nodes", "trainer.strategy", "trainer.log_every_n_steps", "trainer.enable_*", "trainer.detect_anomaly",
+    "trainer.benchmark", "trainer.default_root_dir", "data.num_workers", "data.cache", "logger.*",
+    "callbacks.last.*", "callbacks.every.*", "callbacks.*.dirpath", "callbacks.console.*", "callbacks.sample.*",
+    "callbacks.throughput.*", "callbacks.gradient_norm.*",
+)  # fmt: skip
+
+
+def find(key: str, run: str) -> Path:
+    """Return the folder of the run that is meant: a folder, a name, or ``latest``; ConfigError if there is none."""
+    runs = {folder.name: folder for folder in all_runs()}
+    if run == "latest" and runs:
+        return max(runs.values(), key=lambda folder: (folder / "config.yaml").stat().st_mtime)
+    for folder in (Path(run), RUNS / run):
+        if (folder / "config.yaml").is_file():
+            return folder.resolve()
+    raise ConfigError(
+        f"{key}={run}: there is no such run; a run's folder or name is needed, or latest{near(run, runs)}"
+    )
+
+
+def all_runs() -> list[Path]:
+    """Return the folders of all runs and of all jobs of sweeps."""
+    return [file.parent for file in (*RUNS.glob("*/config.yaml"), *SWEEPS.glob("*/*/config.yaml"))]
+
+
+def result_of(folder: Path) -> dict[str, Any]:
+    """Return a run's result; nothing if it has none yet."""
+    file = folder / "result.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def continued(config: DictConfig) -> tuple[DictConfig, list[str]]:
+    """Return the config that is meant, and the overrides that make it.
+
+    With ``resume=<a run>`` it is that run's own, with what was typed on top.
+    """
+    typed = [str(override) for override in HydraConfig.get().overrides.task]
+    if not config.resume or Path(config.resume).is_file():
+        return config, typed
+    folder = find("resume", config.resume)
+    typed = [override for override in typed if key_of(override) not in ("resume", "name", "folder")]
+    before = [str(override) for override in OmegaConf.load(folder / "overrides.yaml")]
+    overrides = [old for old in before if key_of(old) not in map(key_of, typed)] + typed
+    config = hydra.compose(HydraConfig.get().job.config_name, overrides)
+    config.folder = str(folder)
+    return config, overrides
+
+
+def key_of(override: str) -> str:
+    """Return the key that an override sets."""
+    return override.split("=")[0].lstrip("+~")
+
+
 def folder_for(config: DictConfig) -> Path:
-    """Return the folder for this run, not made yet; ConfigError where the name is taken.
+    """Return the folder for this run, not made yet.
 
     A single run gets ``outputs/runs/<name>``; a job of a sweep a folder named by its overrides, in the sweep's.
     """
@@ -45,8 +106,6 @@ def folder_for(config: DictConfig) -> Path:
         os.environ[FOLDER] = str(folder.resolve())
     elif not (config.folder or config.name):  # a process that the first one started: they share a folder
         folder = Path(os.environ[FOLDER])
-    if folder.exists() and rank_zero_only.rank == 0:
-        raise ConfigError(f"name={config.name}: {shown(folder)} is there already; choose another name, or remove it")
     return folder.resolve()
 
 
@@ -62,25 +121,87 @@ def shown(path: Path) -> str:
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
-def checkpoint_to_resume(resume: str) -> Path:
-    """Return the checkpoint that `resume` names: a file, or the last one of a run's folder; ConfigError for neither."""
-    path = Path(resume)
-    checkpoint = path / "checkpoints" / "last.ckpt" if path.is_dir() else path
+class Earlier(NamedTuple):
+    """What a run's folder has of it: its settings with dotted keys, its result so far, and where to go on from."""
+
+    settings: dict[str, Any]
+    result: dict[str, Any]
+    checkpoint: Path
+
+
+def earlier(folder: Path) -> Earlier | None:
+    """Return what there is of a run; None if it is new. ConfigError if its folder has nothing to go on from."""
+    checkpoints = folder / "checkpoints"
+    if not folder.exists() or (rank_zero_only.rank and not (checkpoints / "last.ckpt").exists()):
+        return None
+    if not (folder / "config.yaml").is_file():
+        raise ConfigError(f"name: {shown(folder)} is there already, and is no run's folder; choose another name")
+    if not list(checkpoints.glob("*.ckpt")) and not any((folder / f).exists() for f in ("metrics.csv", "result.json")):
+        log.info(f"{shown(folder)} was broken off before its first step: it starts anew")
+        return None
+    settings = flat(OmegaConf.to_container(OmegaConf.load(folder / "config.yaml")))
+    for partial in checkpoints.glob("*.partial"):  # of a save that was killed
+        partial.unlink()
+    complaints = []
+    others = sorted(checkpoints.glob("*.ckpt"), key=lambda file: file.stat().st_mtime, reverse=True)
+    for file in (checkpoints / "last.ckpt", *(file for file in others if file.name != "last.ckpt")):
+        try:
+            read(file)
+        except ConfigError as error:
+            complaints.append(str(error))
+            continue
+        for complaint in complaints:
+            log.warning(f"{complaint}; going on from {shown(file)}")
+        return Earlier(settings, result_of(folder), file)
+    raise ConfigError(f"{'; '.join(complaints)}: nothing to go on from; remove {shown(folder)} to start again")
+
+
+def is_finished(before: Earlier, config: DictConfig) -> bool:
+    """Whether a run has come to its end, and that end is not to be moved."""
+    limits = ("trainer.max_epochs", "trainer.max_steps", "trainer.max_time")
+    now = flat(plain(config))
+    return before.result.get("status") == "finished" and all(before.settings.get(k) == now[k] for k in limits)
+
+
+def read(checkpoint: Path, device: str = "meta") -> dict[str, Any]:
+    """Return what a checkpoint holds; ConfigError if it is not there, damaged, none of this project, or holds code."""
     if not checkpoint.is_file():
+        raise ConfigError(f"{shown(checkpoint)} does not exist")
+    try:
+        content = torch.load(checkpoint, map_location=device, weights_only=True)
+    except pickle.UnpicklingError as error:
+        if "GLOBAL" in str(error):
+            raise ConfigError(
+                f"{shown(checkpoint)} holds more than numbers and text, which might run code when loaded: refused"
+            ) from error
+        raise ConfigError(f"{shown(checkpoint)} is damaged, or no checkpoint") from error
+    except Exception as error:
+        raise ConfigError(f"{shown(checkpoint)} is damaged, or no checkpoint: {one_line(str(error))[:100]}") from error
+    if not isinstance(content, dict) or not {"global_step", "state_dict", "loops"} <= content.keys():
+        raise ConfigError(f"{shown(checkpoint)} is no checkpoint of a run")
+    return content
+
+
+def check_unchanged(folder: Path, before: dict[str, Any], config: DictConfig) -> None:
+    """Raise ConfigError if a run is to go on with settings that would make it another run."""
+    now = flat(plain(config))
+    changed = [
+        f"{key}={before.get(key, 'nothing')} then, {now.get(key, 'nothing')} now"
+        for key in dict.fromkeys((*before, *now))
+        if before.get(key) != now.get(key) and not any(fnmatch(key, pattern) for pattern in MAY_CHANGE)
+    ]
+    if changed:
+        more = f", and {len(changed) - 4} more" if len(changed) > 4 else ""
         raise ConfigError(
-            f"resume={resume}: {shown(checkpoint)} does not exist; a run's folder or a checkpoint is needed"
+            f"{shown(folder)} was trained with other settings: {'; '.join(changed[:4])}{more}; "
+            f"choose another name, or go on with its own by resume={shown(folder)}"
         )
-    return checkpoint
 
 
 def check_resumable(checkpoint: Path, module: LanguageModel, steps: int | None) -> None:
-    """Raise ConfigError for a damaged checkpoint, another network's or tokenizer's, or one with `steps` behind it."""
-    try:
-        content = torch.load(checkpoint, map_location="meta", weights_only=True)
-        done, theirs = content["global_step"], {name: tuple(w.shape) for name, w in content["state_dict"].items()}
-    except Exception as error:
-        why = one_line(str(error))[:200]
-        raise ConfigError(f"resume: {shown(checkpoint)} is not a run's checkpoint: {why}") from error
+    """Raise ConfigError for another network's or tokenizer's checkpoint, or one with all the `steps` behind it."""
+    content = read(checkpoint)
+    done, theirs = content["global_step"], {name: tuple(w.shape) for name, w in content["state_dict"].items()}
     ours = {name: tuple(weight.shape) for name, weight in module.state_dict().items()}
     for name in sorted(ours.keys() | theirs.keys()):
         if ours.get(name) != theirs.get(name):
@@ -101,7 +222,7 @@ def check_resumable(checkpoint: Path, module: LanguageModel, steps: int | None) 
 
 
 @contextmanager
-def kept(folder: Path, config: DictConfig, tokenizer: Any, first: bool = True) -> Iterator[None]:
+def kept(folder: Path, config: DictConfig, overrides: list[str], tokenizer: Any, first: bool = True) -> Iterator[None]:
     """Make the folder with what the run is made from, and write what is logged inside to ``train.log``.
 
     Only on the `first` process: for the others this does nothing.
@@ -110,10 +231,10 @@ def kept(folder: Path, config: DictConfig, tokenizer: Any, first: bool = True) -
         yield
         return
     with blamed_on("folder"):
-        folder.mkdir(parents=True)
-        OmegaConf.save(config, folder / "config.yaml", resolve=True)
-        OmegaConf.save(OmegaConf.create(list(HydraConfig.get().overrides.task)), folder / "overrides.yaml")
+        folder.mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(OmegaConf.create(overrides), folder / "overrides.yaml")
         tokenizer.save(folder / "tokenizer.json")
+        OmegaConf.save(config, folder / "config.yaml", resolve=True)
     handler = logging.FileHandler(folder / "train.log", encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     log.addHandler(handler)

@@ -110,7 +110,8 @@ class ShuffledBatches(Sampler[np.ndarray]):
     """The starts (B,) of each training batch's windows, one epoch at a time, the last partial batch dropped.
 
     Windows stand `stride` tokens apart, from an offset drawn anew each epoch. The order is a function of
-    (seed, epoch) alone; of every world_size batches, each rank takes the one with its number.
+    (seed, epoch) alone; of every world_size batches, each rank takes the one with its number. A resumed epoch begins
+    with the batch after those that are `done`.
     """
 
     def __init__(
@@ -120,6 +121,7 @@ class ShuffledBatches(Sampler[np.ndarray]):
         batch_size: int,
         seed: int,
         epoch: Callable[[], int],
+        done: Callable[[], int] = lambda: 0,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
@@ -128,6 +130,7 @@ class ShuffledBatches(Sampler[np.ndarray]):
         self.batch_size = batch_size
         self.seed = seed
         self.epoch = epoch
+        self.done = done
         self.rank = rank
         self.world_size = world_size
         if not len(self):
@@ -140,7 +143,7 @@ class ShuffledBatches(Sampler[np.ndarray]):
     def __iter__(self) -> Iterator[np.ndarray]:
         offset, *keys = np.random.SeedSequence((self.seed, self.epoch())).generate_state(9, np.uint64)
         at_once = max(1, 4096 // self.batch_size)  # batches whose windows are drawn in one go
-        for first in range(0, len(self), at_once):
+        for first in range(self.done(), len(self), at_once):
             batches = np.arange(first, min(first + at_once, len(self))) * self.world_size + self.rank
             positions = batches[:, None] * self.batch_size + np.arange(self.batch_size)
             yield from int(offset % self.stride) + self.stride * shuffled(positions, self.num_windows, np.array(keys))

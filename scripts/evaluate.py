@@ -1,0 +1,85 @@
+"""Measure a trained model on a whole text, from its run's folder alone: loss, perplexity, bits per byte.
+
+`python scripts/evaluate.py run=latest`; `--help` shows all that can be set.
+"""
+
+import json
+from functools import partial
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig
+from rich.table import Table
+
+from language_model.config import ConfigError, blamed_on, build, check_values, entry_point
+from language_model.corpus import TextFiles
+from language_model.data import TokenData
+from language_model.load import LoadedRun, load_run
+from language_model.module import LanguageModel
+from language_model.prepare import prepare
+from language_model.run import shown
+from language_model.terminal import speak, terminal
+from language_model.tokenizer import from_file
+from language_model.windows import check_validation
+
+KEYS = {
+    "run": str | int,
+    "checkpoint": str,
+    "data.path": str | list[str] | None,
+    "accelerator": str,
+    "output": str | None,
+}
+
+
+@entry_point("evaluate")
+def main(config: DictConfig) -> None:
+    """Print the figures as a table, and keep them as JSON."""
+    check_values(config, KEYS)
+    speak()
+    loaded = load_run(str(config.run), config.checkpoint)
+    settings = loaded.config
+    settings.trainer.update(accelerator=config.accelerator, devices=1, num_nodes=1, strategy="auto")
+    data = own_validation(loaded) if config.data.path is None else whole_text(config.data.path, loaded)
+    trainer = build(settings, "trainer", logger=False, enable_checkpointing=False)
+    module = LanguageModel(loaded.network, torch.optim.SGD, float, loaded.tokenizer)  # neither is asked for a step
+    (figures,) = trainer.validate(module, data, verbose=False)
+    table = Table("", f"{data.name}", title=f"{shown(loaded.checkpoint)}", title_justify="left")
+    for name, value in figures.items():
+        table.add_row(name.removeprefix("val/").replace("_", " "), f"{value:.4f}")
+    table.add_row("tokens", f"{data.num_val_tokens:,}")
+    terminal.print(table)
+    facts = {"checkpoint": str(loaded.checkpoint), "data": data.name, "tokens": data.num_val_tokens, **figures}
+    output = Path(config.output) if config.output else loaded.folder / "evaluation.json"
+    output.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    terminal.print(f"as JSON in {shown(output)}", soft_wrap=True)
+
+
+def own_validation(loaded: LoadedRun) -> TokenData:
+    """Return the data that the run was trained and validated on."""
+    data = build(loaded.config, "data")
+    if not data.has_validation:
+        raise ConfigError("data.path: the run has no validation split; a text is needed, as data.path=my.txt")
+    if data.tokenizer.fingerprint != loaded.tokenizer.fingerprint:
+        raise ConfigError("data.path: the run's text has changed since; a text is needed, as data.path=my.txt")
+    return data
+
+
+def whole_text(path: str | list[str], loaded: LoadedRun) -> TokenData:
+    """Return all of a text as a validation split, in the run's tokens."""
+    settings = loaded.config.data
+    with blamed_on("data.path"):
+        text = TextFiles(path, settings.get("field", "text"), settings.get("encoding", "utf-8"))
+        tokenizer = partial(from_file, path=str(loaded.folder / "tokenizer.json"))
+        ends = text.has_jsonl and loaded.tokenizer.end_of_text is not None
+        tokens = prepare(text, None, 0.0, tokenizer, ends, Path(settings.cache), enough).train
+    sizes = (settings.seq_len, settings.batch_size, settings.stride, settings.num_workers, settings.seed)
+    return TokenData(text.name, loaded.tokenizer, [], [tokens], *sizes)
+
+
+def enough(split: str, num_tokens: int) -> None:
+    """Raise ValueError for a text with nothing to predict."""
+    check_validation(num_tokens, "the text")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""Let a trained model write, from its run's folder alone.
+
+`python scripts/generate.py run=latest prompt="Shall I"`; `--help` shows all that can be set.
+"""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+from omegaconf import DictConfig
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
+
+from language_model.config import ConfigError, blamed_on, check_values, entry_point
+
+KEYS = {
+    "run": str | int,
+    "checkpoint": str,
+    "prompt": str | int | float | bool | None,
+    "prompt_file": str | None,
+    "max_new_tokens": PositiveInt,
+    "temperature": NonNegativeFloat,
+    "top_k": PositiveInt | None,
+    "top_p": Annotated[float, Field(gt=0, le=1)] | None,
+    "num_samples": PositiveInt,
+    "seed": NonNegativeInt,
+    "accelerator": str,
+}
+
+
+@entry_point("generate", literal=("prompt",))
+def main(config: DictConfig) -> None:
+    """Write samples to standard output as they come."""
+    check_values(config, KEYS)
+    import numpy as np
+    import torch
+
+    from language_model.generate import generate, streamed
+    from language_model.hardware import device_type
+    from language_model.load import load_run
+
+    loaded = load_run(str(config.run), config.checkpoint, device_type(config.accelerator))
+    network: Any = loaded.network
+    tokenizer, device = loaded.tokenizer, next(network.parameters()).device
+    text = prompt(config)
+    with blamed_on("prompt"):
+        if text is None and tokenizer.end_of_text is not None:  # behind which a document begins
+            text, ids = "", np.array([tokenizer.end_of_text])
+        else:
+            text = tokenizer.decode([0]) if text is None else text
+            ids = tokenizer.encode(text)
+        if len(ids) == 0:
+            raise ValueError("it is empty; at least one token is needed")
+    tokens = torch.tensor(ids, dtype=torch.int64, device=device)
+    for i in range(config.num_samples):
+        if i:
+            print("\n" + "-" * 80)
+        settings = (config.max_new_tokens, config.temperature, config.top_k, config.top_p, config.seed + i)
+        new = generate(network, tokens, *settings, tokenizer.vocab_size, tokenizer.end_of_text)
+        print(text, end="", flush=True)
+        for piece in streamed(tokenizer.decode, new):
+            print(piece, end="", flush=True)
+    print()
+
+
+def prompt(config: DictConfig) -> str | None:
+    """Return the prompt that is meant; None for none."""
+    if config.prompt is not None and config.prompt_file is not None:
+        raise ConfigError("prompt and prompt_file: one of them is enough")
+    if config.prompt_file is not None:
+        with blamed_on("prompt_file"):
+            return Path(config.prompt_file).read_text(encoding="utf-8")
+    return sys.stdin.read() if config.prompt == "-" else None if config.prompt is None else str(config.prompt)
+
+
+if __name__ == "__main__":
+    main()

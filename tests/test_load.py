@@ -1,0 +1,181 @@
+"""What comes after training: load_run, evaluate.py and generate.py, from a run's folder alone."""
+
+import io
+import json
+import math
+import runpy
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT
+from test_train import Run, train  # noqa: F401  # the fixture
+
+from language_model import run
+from language_model.config import ConfigError
+from language_model.load import load_run
+
+STORED = Path(__file__).parent / "stored_run"
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    """Run a script in this process; return what it prints."""
+
+    def start(name: str, *arguments: str) -> str:
+        monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+        monkeypatch.setattr(sys, "argv", [name, *arguments])
+        runpy.run_path(str(ROOT / "scripts" / name), run_name="__main__")
+        return capsys.readouterr().out
+
+    return start
+
+
+def refused(script, name: str, *arguments: str) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        script(name, *arguments)
+    message = str(stopped.value)
+    assert message.startswith("error: ")
+    assert "\n" not in message
+    return message
+
+
+@pytest.fixture
+def trained(train, tmp_path: Path) -> Run:  # noqa: F811
+    text = tmp_path / "text.txt"
+    text.write_text("Всё смешалось в доме Облонских. " * 60, encoding="utf-8")
+    return train("data=text", f"data.path={text}", "data.batch_size=8", "optimizer.lr=0.01", "tokenizer=byte")
+
+
+def test_a_stored_run_of_the_first_format_loads() -> None:
+    """What was saved when checkpoints had format 1 gives the logits that it gave then."""
+    loaded = load_run(STORED, "last")
+    assert torch.load(loaded.checkpoint, weights_only=True)["format"] == 1
+    assert not loaded.network.training
+    tokens = torch.from_numpy(loaded.tokenizer.encode("Shall I")).long()
+    with torch.no_grad():
+        logits = loaded.network(tokens[None])[0, -1]
+    expected = torch.tensor(json.loads((STORED / "logits.json").read_text()))
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    assert loaded.config.model.d_model == 8
+
+
+def test_a_run_is_loaded_as_it_was_trained(trained: Run) -> None:
+    loaded = load_run(trained.folder, "last")
+    weights = trained.checkpoint("last")["state_dict"]
+    assert all(torch.equal(weight, weights[f"network.{name}"]) for name, weight in loaded.network.state_dict().items())
+    assert load_run(str(trained.folder)).checkpoint.name == "best.ckpt"
+    assert load_run(trained.folder, str(trained.folder / "checkpoints" / "last.ckpt")).checkpoint.name == "last.ckpt"
+
+
+def test_the_best_run_is_one_on_the_same_data(trained: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = tmp_path / "outputs" / "runs"
+    for name, best, path in (("a", 3.0, "x"), ("b", 2.0, "x"), ("c", 1.0, "y"), ("d", 2.5, "x")):
+        shutil.copytree(trained.folder, runs / name)
+        result = trained.result | {"best": best}
+        (runs / name / "result.json").write_text(json.dumps(result))
+        config = (trained.folder / "config.yaml").read_text().replace(trained.config["data"]["path"], path)
+        (runs / name / "config.yaml").write_text(config)
+    monkeypatch.setattr(run, "RUNS", runs)
+    monkeypatch.setattr(run, "SWEEPS", tmp_path / "none")
+    assert load_run("best").folder == runs / "b"
+
+
+def test_evaluation_gives_the_figures_that_training_logged(trained: Run, script) -> None:
+    said = script("evaluate.py", f"run={trained.folder}", "checkpoint=last", "accelerator=cpu")
+    assert f"{trained.result['metrics']['val/loss']:.4f}" in said
+    figures = json.loads((trained.folder / "evaluation.json").read_text())
+    for name in ("val/loss", "val/perplexity", "val/bits_per_byte"):
+        assert figures[name] == trained.result["metrics"][name]  # to the last digit
+
+
+def test_evaluation_on_another_text_by_hand(trained: Run, script, tmp_path: Path) -> None:
+    other = tmp_path / "other.txt"
+    other.write_text("Облонских смешалось", encoding="utf-8")
+    script("evaluate.py", f"run={trained.folder}", f"data.path={other}", f"output={tmp_path / 'figures.json'}")
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    loaded = load_run(trained.folder)
+    ids = torch.from_numpy(loaded.tokenizer.encode(other.read_text(encoding="utf-8")).copy()).long()
+    nats = 0.0
+    for start in range(0, len(ids) - 1, 16):
+        window = ids[start : start + 17]
+        with torch.no_grad(), torch.autocast("cpu", enabled="bf16" in trained.config["trainer"]["precision"]):
+            nats += float(F.cross_entropy(loaded.network(window[None, :-1])[0], window[1:], reduction="sum"))
+    assert figures["tokens"] == len(ids)
+    assert figures["val/loss"] == pytest.approx(nats / (len(ids) - 1), rel=1e-2)
+    assert figures["val/bits_per_byte"] == pytest.approx(nats / math.log(2) / (len(ids) - 1), rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["run=nothing"], "run=nothing: there is no such run"),
+        (["checkpoint=first"], "checkpoint=first: first does not exist; there: best, last"),
+        (["data.path=nothing.txt"], "data.path: nothing.txt: no such file"),
+        (["data.path=a.txt"], "data.path: the text has too few tokens, 1"),
+        (["accelerator=abacus"], "trainer: You selected an invalid accelerator"),
+        (["run=[1]"], "run=[1]: input should be"),
+        (["dta.path=x"], "dta.path: unknown key"),
+    ],
+)
+def test_evaluation_refuses(
+    trained: Run, script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], says: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("a")
+    assert says in refused(script, "evaluate.py", f"run={trained.folder}", *arguments)
+    assert not (trained.folder / "evaluation.json").exists()
+
+
+def test_a_run_without_validation_needs_a_text(train, script) -> None:  # noqa: F811
+    sonnets = train()
+    assert "data.path: the run has no validation split" in refused(script, "evaluate.py", f"run={sonnets.folder}")
+
+
+def test_generation_goes_on_from_the_prompt(trained: Run, script, tmp_path: Path, monkeypatch) -> None:
+    arguments = [f"run={trained.folder}", "max_new_tokens=30", "accelerator=cpu"]
+    said = script("generate.py", *arguments, "prompt=Всё", "seed=1")
+    assert said.startswith("Всё")
+    assert len(said) > 10
+    (tmp_path / "prompt.txt").write_text("Всё", encoding="utf-8")
+    assert script("generate.py", *arguments, f"prompt_file={tmp_path / 'prompt.txt'}", "seed=1") == said
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Всё"))
+    assert script("generate.py", *arguments, "prompt=-", "seed=1") == said
+    assert script("generate.py", *arguments, "prompt=Всё", "seed=2") != said
+    both = script("generate.py", *arguments, "prompt=Всё", "seed=1", "num_samples=2")
+    assert both.startswith(said.rstrip("\n"))
+    assert "-" * 80 in both
+    greedy = [script("generate.py", *arguments, "prompt=Всё", "temperature=0", f"seed={i}") for i in (1, 2)]
+    assert greedy[0] == greedy[1]
+    assert script("generate.py", *arguments, "prompt=Всё", "top_p=1e-9") == greedy[0]
+    assert len(script("generate.py", *arguments)) > 10  # with no prompt at all
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["run=nothing"], "run=nothing: there is no such run"),
+        (["prompt=''"], "prompt: it is empty; at least one token is needed"),
+        (["prompt=Shall 1"], "prompt: character '1' (U+0031) at position 6 is not among the tokenizer's 43"),
+        (["temperature=-1"], "temperature=-1: input should be greater than or equal to 0"),
+        (["top_k=0"], "top_k=0: input should be greater than 0"),
+        (["top_p=0"], "top_p=0: input should be greater than 0"),
+        (["top_p=2"], "top_p=2: input should be less than or equal to 1"),
+        (["max_new_tokens=0"], "max_new_tokens=0: input should be greater than 0"),
+        (["num_samples=0"], "num_samples=0: input should be greater than 0"),
+        (["prompt_file=nothing.txt"], "prompt_file: nothing.txt: no such file"),
+        (["prompt=a", "prompt_file=b"], "prompt and prompt_file: one of them is enough"),
+        (["checkpoint=nothing.ckpt"], "checkpoint=nothing.ckpt: nothing.ckpt does not exist; there: last"),
+        (["tmperature=1"], "tmperature: unknown key; did you mean temperature?"),
+    ],
+)
+def test_generation_refuses(script, arguments: list[str], says: str) -> None:
+    assert says in refused(script, "generate.py", f"run={STORED}", "checkpoint=last", *arguments)
+
+
+def test_a_run_without_the_checkpoint_says_what_there_is() -> None:
+    with pytest.raises(ConfigError, match=r"checkpoint=best: .*best.ckpt does not exist; there: last"):
+        load_run(STORED, "best")
