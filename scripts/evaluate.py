@@ -40,10 +40,12 @@ def main(config: DictConfig) -> None:
     settings = loaded.config
     settings.trainer.update(accelerator=config.accelerator, devices=1, num_nodes=1, strategy="auto")
     data = own_validation(loaded) if config.data.path is None else whole_text(config.data.path, loaded)
-    trainer = build(settings, "trainer", logger=False, enable_checkpointing=False)
+    bar = terminal.is_terminal
+    trainer = build(settings, "trainer", logger=False, enable_checkpointing=False, enable_progress_bar=bar)
     module = LanguageModel(loaded.network, torch.optim.SGD, float, loaded.tokenizer)  # neither is asked for a step
     (figures,) = trainer.validate(module, data, verbose=False)
-    table = Table("", f"{data.name}", title=f"{shown(loaded.checkpoint)}", title_justify="left")
+    terminal.print(f"{shown(loaded.checkpoint)} on {data.name}", soft_wrap=True)
+    table = Table(show_header=False)
     for name, value in figures.items():
         table.add_row(name.removeprefix("val/").replace("_", " "), f"{value:.4f}")
     table.add_row("tokens", f"{data.num_val_tokens:,}")

@@ -128,8 +128,8 @@ def tokenize(
         try:
             facts[split] = encode(section, tokenizer, ending, folder / f"{split}.bin")
         except UnknownCharacterError as error:
-            name = "training" if split == "train" else "validation"
-            raise ValueError(f"the {name} text: {error}; tokenizer=byte and tokenizer=bpe take any text") from None
+            name = train.name if split == "train" else "the validation text"
+            raise ValueError(f"{name}: {error}; tokenizer=byte and tokenizer=bpe take any text") from None
         accept(split, facts[split]["tokens"])
     return facts, tokenizer
 
