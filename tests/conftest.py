@@ -1,6 +1,9 @@
 """What several test files share."""
 
+import csv
+import json
 import os
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -8,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -47,3 +51,48 @@ def script(tmp_path: Path) -> Script:
         return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
 
     return run
+
+
+class Run:
+    """A run's folder, read back."""
+
+    def __init__(self, folder: Path, output: str = "") -> None:
+        self.folder = folder
+        self.output = output
+        self.result = json.loads((folder / "result.json").read_text())
+        self.config = yaml.safe_load((folder / "config.yaml").read_text())
+
+    def column(self, name: str) -> list[float]:
+        """A column of metrics.csv, without the rows where it is empty."""
+        rows = csv.DictReader((self.folder / "metrics.csv").read_text().splitlines())
+        return [float(row[name]) for row in rows if row[name]]
+
+    @property
+    def losses(self) -> list[float]:
+        return self.column("train/loss_epoch")
+
+    def checkpoint(self, name: str) -> dict:
+        return torch.load(self.folder / "checkpoints" / f"{name}.ckpt", weights_only=True)
+
+
+@pytest.fixture
+def train(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    capsys: pytest.CaptureFixture,
+):
+    """Run scripts/train.py in this process, writing to a folder of the test's."""
+    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+
+    def start(*overrides: str, name: str | None = "run", tiny: bool = True) -> Run | None:
+        folder = tmp_path / (name or "")
+        constant = "schedule=constant" in overrides  # which has no warmup to set
+        cache = f"data.cache={tmp_path_factory.getbasetemp() / 'corpora'}"
+        arguments = [*(TINY[:-1] if constant else TINY if tiny else []), cache]
+        arguments += [*([f"folder={folder}"] if name else []), *overrides]
+        monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+        runpy.run_path(str(ROOT / "scripts" / "train.py"), run_name="__main__")
+        return Run(folder, capsys.readouterr().out) if name else None
+
+    return start

@@ -6,6 +6,7 @@ kill takes a second or two; the runs are `scripts/train.py`, whole.
 
 import argparse
 import csv
+import importlib
 import json
 import os
 import random
@@ -20,7 +21,10 @@ from typing import Any
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from language_model import checkpoint, module, report  # noqa: F401  # imported once, before the forks
+from language_model import module
+
+for name in ("checkpoint", "callbacks", "report"):
+    importlib.import_module(f"language_model.{name}")  # once, before the forks
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = [

@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
-from test_train import Run, train  # noqa: F401  # the fixture
+from conftest import ROOT, Run
 
 from language_model import run
 from language_model.config import ConfigError
@@ -44,7 +43,7 @@ def refused(script, name: str, *arguments: str) -> str:
 
 
 @pytest.fixture
-def trained(train, tmp_path: Path) -> Run:  # noqa: F811
+def trained(train, tmp_path: Path) -> Run:
     text = tmp_path / "text.txt"
     text.write_text("Всё смешалось в доме Облонских. " * 60, encoding="utf-8")
     return train("data=text", f"data.path={text}", "data.batch_size=8", "optimizer.lr=0.01", "tokenizer=byte")
@@ -130,7 +129,7 @@ def test_evaluation_refuses(
     assert not (trained.folder / "evaluation.json").exists()
 
 
-def test_a_run_without_validation_needs_a_text(train, script) -> None:  # noqa: F811
+def test_a_run_without_validation_needs_a_text(train, script) -> None:
     sonnets = train()
     assert "data.path: the run has no validation split" in refused(script, "evaluate.py", f"run={sonnets.folder}")
 

@@ -1,10 +1,8 @@
 """The script as a user runs it: mostly in this process, where coverage sees it, and the rest in one of its own."""
 
-import csv
 import json
 import math
 import os
-import runpy
 import signal
 import subprocess
 import sys
@@ -14,55 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import ROOT, TINY, Script
+from conftest import ROOT, TINY, Run, Script
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from language_model import run
-
-
-class Run:
-    """A run's folder, read back."""
-
-    def __init__(self, folder: Path, output: str = "") -> None:
-        self.folder = folder
-        self.output = output
-        self.result = json.loads((folder / "result.json").read_text())
-        self.config = yaml.safe_load((folder / "config.yaml").read_text())
-
-    def column(self, name: str) -> list[float]:
-        """A column of metrics.csv, without the rows where it is empty."""
-        rows = csv.DictReader((self.folder / "metrics.csv").read_text().splitlines())
-        return [float(row[name]) for row in rows if row[name]]
-
-    @property
-    def losses(self) -> list[float]:
-        return self.column("train/loss_epoch")
-
-    def checkpoint(self, name: str) -> dict:
-        return torch.load(self.folder / "checkpoints" / f"{name}.ckpt", weights_only=True)
-
-
-@pytest.fixture
-def train(
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-    tmp_path_factory: pytest.TempPathFactory,
-    capsys: pytest.CaptureFixture,
-):
-    """Run scripts/train.py in this process, writing to a folder of the test's."""
-    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
-
-    def start(*overrides: str, name: str | None = "run", tiny: bool = True) -> Run | None:
-        folder = tmp_path / (name or "")
-        constant = "schedule=constant" in overrides  # which has no warmup to set
-        cache = f"data.cache={tmp_path_factory.getbasetemp() / 'corpora'}"
-        arguments = [*(TINY[:-1] if constant else TINY if tiny else []), cache]
-        arguments += [*([f"folder={folder}"] if name else []), *overrides]
-        monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
-        runpy.run_path(str(ROOT / "scripts" / "train.py"), run_name="__main__")
-        return Run(folder, capsys.readouterr().out) if name else None
-
-    return start
 
 
 def refused(train, *overrides: str, **settings) -> str:
@@ -240,6 +193,21 @@ def test_a_checkpoint_file_starts_a_run_of_its_own(train) -> None:
     )
     message = refused(train, resume, "trainer.max_epochs=4", "tokenizer=byte", "vocab_size=256", "model.vocab_size=43")
     assert "was trained with another tokenizer" in message or "has the shape" in message
+
+
+def test_what_slurms_signal_left_is_gone_on_from(train) -> None:
+    """Lightning saves hpc_ckpt_1.ckpt in the run's folder then, and would prefer it to all that comes later."""
+    same = ["model.dropout=0.3", "total_steps=32"]
+    whole = train(*same, "trainer.max_epochs=4", name="whole")
+    part = train(*same)
+    last = part.folder / "checkpoints" / "last.ckpt"
+    content = last.read_bytes()
+    last.write_bytes(b"of an hour ago")
+    os.utime(last, (1, 1))
+    (part.folder / "hpc_ckpt_1.ckpt").write_bytes(content)
+    longer = train(*same, "trainer.max_epochs=4")
+    assert same_end(longer, whole)
+    assert not list(part.folder.glob("hpc_ckpt*"))
 
 
 class Evil:

@@ -47,7 +47,7 @@ def find(key: str, run: str) -> Path:
     """Return the folder of the run that is meant: a folder, a name, or ``latest``; ConfigError if there is none."""
     runs = {folder.name: folder for folder in all_runs()}
     if run == "latest" and runs:
-        return max(runs.values(), key=lambda folder: (folder / "config.yaml").stat().st_mtime)
+        return max(runs.values(), key=lambda folder: modified(folder / "config.yaml"))
     for folder in (Path(run), RUNS / run):
         if (folder / "config.yaml").is_file():
             return folder.resolve()
@@ -121,6 +121,11 @@ def shown(path: Path) -> str:
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
+def modified(file: Path) -> float:
+    """Return when a file was last written."""
+    return file.stat().st_mtime
+
+
 class Earlier(NamedTuple):
     """What a run's folder has of it: its settings with dotted keys, its result so far, and where to go on from."""
 
@@ -136,6 +141,12 @@ def earlier(folder: Path) -> Earlier | None:
         return None
     if not (folder / "config.yaml").is_file():
         raise ConfigError(f"name: {shown(folder)} is there already, and is no run's folder; choose another name")
+    last = checkpoints / "last.ckpt"
+    for requeued in sorted(folder.glob("hpc_ckpt_*.ckpt"), key=modified):  # lightning's, when SLURM's signal came
+        if not last.exists() or modified(last) < modified(requeued):
+            requeued.replace(last)
+        else:
+            requeued.unlink()  # else lightning would take it, whatever came later
     if not list(checkpoints.glob("*.ckpt")) and not any((folder / f).exists() for f in ("metrics.csv", "result.json")):
         log.info(f"{shown(folder)} was broken off before its first step: it starts anew")
         return None
@@ -143,8 +154,8 @@ def earlier(folder: Path) -> Earlier | None:
     for partial in checkpoints.glob("*.partial"):  # of a save that was killed
         partial.unlink()
     complaints = []
-    others = sorted(checkpoints.glob("*.ckpt"), key=lambda file: file.stat().st_mtime, reverse=True)
-    for file in (checkpoints / "last.ckpt", *(file for file in others if file.name != "last.ckpt")):
+    others = sorted(checkpoints.glob("*.ckpt"), key=modified, reverse=True)
+    for file in (last, *(file for file in others if file != last)):
         try:
             read(file)
         except ConfigError as error:
