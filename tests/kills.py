@@ -118,6 +118,7 @@ def outcome(folder: Path) -> dict[str, Any]:
             state.pop(key, None)
         last["callbacks"][name] = state
     last.pop("logs")
+    last["metrics"].pop("train/tokens_per_sec", None)
     with (folder / "metrics.csv").open() as file:
         rows = [{k: v for k, v in row.items() if "tokens_per_sec" not in k} for row in csv.DictReader(file)]
     events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0}).Reload()

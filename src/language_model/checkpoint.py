@@ -51,7 +51,7 @@ class Last(Checkpoint):
     the metrics among it: after every so many steps, when the run is stopped or fails, and at its end.
 
     Every checkpoint of the run, whoever saves it, gets what this takes besides Lightning's own state: the random
-    state of each process, the position within the epoch, and the length of the metrics files.
+    state of each process, the position within the epoch, the metrics' newest values, and their files' lengths.
 
     Args:
         dirpath: the run's folder for checkpoints.
@@ -66,6 +66,7 @@ class Last(Checkpoint):
         self._between_steps = True
         self._random_state: RandomState | None = None  # when this step began
         self._to_restore: list[dict[str, Any]] | None = None
+        self._metrics: dict[str, torch.Tensor] = {}
 
     def save(self, trainer: L.Trainer) -> None:
         """Save now."""
@@ -76,6 +77,7 @@ class Last(Checkpoint):
         """Go on with the random state of the checkpoint; from now on SIGTERM and Ctrl-C wait for the step to end."""
         if self._to_restore is not None:
             self._saved_step = trainer.global_step
+            trainer.callback_metrics.update(self._metrics)
             if len(self._to_restore) == trainer.world_size:
                 set_random_state(self._to_restore[trainer.global_rank])
             else:
@@ -136,10 +138,12 @@ class Last(Checkpoint):
             torch.distributed.all_gather_object(states, state)
         checkpoint["random_state"] = states
         checkpoint["logs"] = lengths(trainer) if trainer.is_global_zero else {}
+        checkpoint["metrics"] = {name: value.detach().cpu() for name, value in trainer.callback_metrics.items()}
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Remember the random state until the training starts."""
+        """Remember the random state, and the metrics' newest values, until the training starts."""
         self._to_restore = checkpoint.get("random_state")
+        self._metrics = checkpoint.get("metrics", {})
 
 
 def settle(fit_loop: dict[str, Any], global_step: int) -> None:

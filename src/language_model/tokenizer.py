@@ -240,8 +240,8 @@ class BPETokenizer(Tokenizer):
                 passed += len(text)
                 part = text[: max(0, int(passed * share) - taken)]
                 taken += len(part)
-                if part:
-                    yield part
+                # In small pieces: the library holds hundreds of them at a time.
+                yield from (part[i : i + 16_384] for i in range(0, len(part), 16_384))
 
         tokenizer.train_from_iterator(sample(), trainer)
         return cls(tokenizer.to_str())
