@@ -91,7 +91,8 @@ def main(config: DictConfig) -> None:
         untrained_loss = report.announce(config, data, module, trainer, steps)
         if before is not None:
             log.info(f"goes on  from {run.shown(before.checkpoint)}")
-            rewind(trainer, run.read(before.checkpoint)["logs"])
+            if trainer.is_global_zero:
+                rewind(trainer, run.read(before.checkpoint).get("logs", {}))
         result: dict[str, Any] = {
             "status": "failed",
             "guessing_loss": math.log(data.tokenizer.vocab_size),
@@ -118,8 +119,9 @@ def main(config: DictConfig) -> None:
             if trainer.is_global_zero:
                 result |= report.collect(module, trainer, config.monitor)
                 run.save_result(folder, result)
-        report.log_hyperparameters(config, result, trainer)
-        report.conclude(config, result)
+        if trainer.is_global_zero:
+            report.log_hyperparameters(config, result, trainer)
+            report.conclude(config, result)
 
 
 if __name__ == "__main__":

@@ -465,4 +465,5 @@ def test_two_processes_train_as_one(train, script: Script, tmp_path: Path) -> No
     two = Run(tmp_path / "two")
     one = train(*alike, name="one")
     assert two.losses == pytest.approx(one.losses, rel=1e-4)
+    assert done.stderr == ""
     assert done.stdout.count("Epoch   1 | Loss") == 1

@@ -141,14 +141,18 @@ class LanguageModel(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the epoch's mean so far, and which tokenizer the weights belong to."""
-        checkpoint["epoch_loss"] = [torch.as_tensor(self.epoch_loss.total), torch.as_tensor(self.epoch_loss.weight)]
+        mine = [float(self.epoch_loss.total), float(self.epoch_loss.weight)]
+        checkpoint["epoch_loss"] = [mine] * self.trainer.world_size
+        if self.trainer.world_size > 1:
+            torch.distributed.all_gather_object(checkpoint["epoch_loss"], mine)
         checkpoint["tokenizer"] = self.tokenizer.fingerprint
         checkpoint["format"] = FORMAT
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on with the epoch's mean."""
-        if "epoch_loss" in checkpoint:
-            self.epoch_loss.total, self.epoch_loss.weight = checkpoint["epoch_loss"]
+        of_each = checkpoint.get("epoch_loss", [])
+        if len(of_each) == self.trainer.world_size:
+            self.epoch_loss.total, self.epoch_loss.weight = of_each[self.trainer.global_rank]
 
     def configure_optimizers(self) -> dict[str, Any]:
         """Return the optimizer, and a LambdaLR that sets the schedule's rate before each step."""

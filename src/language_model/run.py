@@ -142,17 +142,12 @@ def earlier(folder: Path) -> Earlier | None:
     if not (folder / "config.yaml").is_file():
         raise ConfigError(f"name: {shown(folder)} is there already, and is no run's folder; choose another name")
     last = checkpoints / "last.ckpt"
-    for requeued in sorted(folder.glob("hpc_ckpt_*.ckpt"), key=modified):  # lightning's, when SLURM's signal came
-        if not last.exists() or modified(last) < modified(requeued):
-            requeued.replace(last)
-        else:
-            requeued.unlink()  # else lightning would take it, whatever came later
+    if rank_zero_only.rank == 0:
+        tidy(folder, last)
     if not list(checkpoints.glob("*.ckpt")) and not any((folder / f).exists() for f in ("metrics.csv", "result.json")):
         log.info(f"{shown(folder)} was broken off before its first step: it starts anew")
         return None
     settings = flat(OmegaConf.to_container(OmegaConf.load(folder / "config.yaml")))
-    for partial in checkpoints.glob("*.partial"):  # of a save that was killed
-        partial.unlink()
     complaints = []
     others = sorted(checkpoints.glob("*.ckpt"), key=modified, reverse=True)
     for file in (last, *(file for file in others if file != last)):
@@ -165,6 +160,17 @@ def earlier(folder: Path) -> Earlier | None:
             log.warning(f"{complaint}; going on from {shown(file)}")
         return Earlier(settings, result_of(folder), file)
     raise ConfigError(f"{'; '.join(complaints)}: nothing to go on from; remove {shown(folder)} to start again")
+
+
+def tidy(folder: Path, last: Path) -> None:
+    """Remove what a killed save left, and put the checkpoint that lightning saved at SLURM's signal in its place."""
+    for partial in last.parent.glob("*.partial"):
+        partial.unlink()
+    for requeued in sorted(folder.glob("hpc_ckpt_*.ckpt"), key=modified):
+        if not last.exists() or modified(last) < modified(requeued):
+            requeued.replace(last)
+        else:
+            requeued.unlink()  # else lightning would take it, whatever came later
 
 
 def is_finished(before: Earlier, config: DictConfig) -> bool:
