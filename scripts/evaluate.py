@@ -52,7 +52,8 @@ def main(config: DictConfig) -> None:
     terminal.print(table)
     facts = {"checkpoint": str(loaded.checkpoint), "data": data.name, "tokens": data.num_val_tokens, **figures}
     output = Path(config.output) if config.output else loaded.folder / "evaluation.json"
-    output.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    with blamed_on("output"):
+        output.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     terminal.print(f"as JSON in {shown(output)}", soft_wrap=True)
 
 

@@ -38,9 +38,11 @@ def main(config: DictConfig) -> None:
     from language_model.hardware import device_type
     from language_model.load import load_run
 
-    loaded = load_run(str(config.run), config.checkpoint, device_type(config.accelerator))
+    with blamed_on("accelerator"):
+        device = torch.device(device_type(config.accelerator))
+    loaded = load_run(str(config.run), config.checkpoint, device)
     network: Any = loaded.network
-    tokenizer, device = loaded.tokenizer, next(network.parameters()).device
+    tokenizer = loaded.tokenizer
     text = prompt(config)
     with blamed_on("prompt"):
         if text is None and tokenizer.end_of_text is not None:  # behind which a document begins

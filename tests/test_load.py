@@ -115,6 +115,7 @@ def test_evaluation_on_another_text_by_hand(trained: Run, script, tmp_path: Path
         (["checkpoint=first"], "checkpoint=first: first does not exist; there: best, last"),
         (["data.path=nothing.txt"], "data.path: nothing.txt: no such file"),
         (["data.path=a.txt"], "data.path: the text has too few tokens, 1"),
+        (["output=missing/x.json"], "output: missing/x.json: no such file"),
         (["accelerator=abacus"], "trainer: You selected an invalid accelerator"),
         (["run=[1]"], "run=[1]: input should be"),
         (["dta.path=x"], "dta.path: unknown key"),
@@ -168,6 +169,7 @@ def test_generation_goes_on_from_the_prompt(trained: Run, script, tmp_path: Path
         (["prompt_file=nothing.txt"], "prompt_file: nothing.txt: no such file"),
         (["prompt=a", "prompt_file=b"], "prompt and prompt_file: one of them is enough"),
         (["checkpoint=nothing.ckpt"], "checkpoint=nothing.ckpt: nothing.ckpt does not exist; there: last"),
+        (["accelerator=abacus"], "accelerator: "),
         (["tmperature=1"], "tmperature: unknown key; did you mean temperature?"),
     ],
 )

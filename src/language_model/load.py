@@ -9,7 +9,7 @@ from torch import nn
 
 from language_model import run as runs
 from language_model import tokenizer
-from language_model.config import ConfigError, build
+from language_model.config import ConfigError, blamed_on, build
 from language_model.module import FORMAT
 from language_model.tokenizer import Tokenizer
 
@@ -51,7 +51,10 @@ def load_run(run: str | Path = "latest", checkpoint: str = "best", device: str |
         network.load_state_dict(weights)
     except RuntimeError as error:
         raise ConfigError(f"{runs.shown(file)} does not fit the model of {runs.shown(folder)}: {error}") from error
-    return LoadedRun(network.eval().to(device), tokenizer.load(folder / "tokenizer.json"), config, folder, file)
+    with blamed_on("device"):
+        network = network.eval().to(device)
+    with blamed_on("run"):
+        return LoadedRun(network, tokenizer.load(folder / "tokenizer.json"), config, folder, file)
 
 
 def best_run() -> Path:
