@@ -4,19 +4,32 @@
 """
 
 import math
+import os
 import signal
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from language_model.config import ConfigError, blamed_on, build, check, entry_point, one_of
+from language_model.config import JOB, ConfigError, blamed_on, build, check, entry_point, one_of
 
 
 @entry_point("train")
 def main(config: DictConfig) -> None:
+    """Train, or with ``-m`` have one of a sweep's jobs do it in a process of its own."""
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        from language_model.sweep import do_job
+
+        do_job(config)
+    else:
+        train(config)
+
+
+def train(config: DictConfig) -> None:
     """Do one run, as the config says."""
     import lightning as L  # here, so that --help and an unknown key need not wait for it
     from lightning.pytorch.callbacks import Checkpoint
@@ -26,9 +39,12 @@ def main(config: DictConfig) -> None:
     from language_model.hardware import best_precision, device_type
     from language_model.module import LanguageModel, NonFiniteError
     from language_model.schedule import steps_in_run
+    from language_model.sweep import end_with_sweep
     from language_model.terminal import log, speak
 
     speak()
+    if JOB in os.environ:
+        end_with_sweep()
 
     # Build everything, working out what was left open; nothing is written until all of it has proved good.
     config, overrides = run.continued(config)
@@ -82,6 +98,7 @@ def main(config: DictConfig) -> None:
         run.check_unchanged(folder, before.settings, config)
         if run.is_finished(before, config):
             report.conclude(config, before.result)
+            report.do_exercise(config)
             return
         checkpoint = before.checkpoint
     if checkpoint is not None:
@@ -102,7 +119,8 @@ def main(config: DictConfig) -> None:
         started = time.perf_counter() - (before.result.get("seconds", 0.0) if before else 0.0)
         try:
             trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
-            result["status"] = "finished"
+            pruned = "pruning" in callbacks and callbacks["pruning"].pruned
+            result["status"] = "pruned" if pruned else "finished"
         except SystemExit:  # how lightning ends after SIGTERM and a second Ctrl-C, with statuses of its own
             result["status"] = "interrupted"
             report.interrupted(config, trainer.global_step)
@@ -122,6 +140,7 @@ def main(config: DictConfig) -> None:
         if trainer.is_global_zero:
             report.log_hyperparameters(config, result, trainer)
             report.conclude(config, result)
+            report.do_exercise(config)
 
 
 if __name__ == "__main__":

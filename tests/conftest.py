@@ -87,7 +87,9 @@ def train(
 
     def start(*overrides: str, name: str | None = "run", tiny: bool = True) -> Run | None:
         folder = tmp_path / (name or "")
-        constant = "schedule=constant" in overrides  # which has no warmup to set
+        constant = any(
+            o.startswith(("schedule=constant", "experiment=exercise_")) for o in overrides
+        )  # which has no warmup to set
         cache = f"data.cache={tmp_path_factory.getbasetemp() / 'corpora'}"
         arguments = [*(TINY[:-1] if constant else TINY if tiny else []), cache]
         arguments += [*([f"folder={folder}"] if name else []), *overrides]

@@ -16,6 +16,8 @@ from conftest import ROOT, TINY, Run, Script
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from language_model import run
+from language_model.callbacks import Sample
+from language_model.load import load_run
 
 
 def refused(train, *overrides: str, **settings) -> str:
@@ -47,7 +49,7 @@ def test_a_run_says_what_it_does_and_leaves_a_whole_folder(train) -> None:
     assert "warning" not in out.lower()
     names = {str(path.relative_to(tiny.folder)) for path in tiny.folder.rglob("*") if path.is_file()}
     assert {name for name in names if "tfevents" not in name} == {
-        "config.yaml", "overrides.yaml", "tokenizer.json", "metrics.csv", "train.log", "result.json",
+        ".lock", "config.yaml", "overrides.yaml", "tokenizer.json", "metrics.csv", "train.log", "result.json",
         "checkpoints/best.ckpt", "checkpoints/last.ckpt", "tensorboard/hparams.yaml",
     }  # fmt: skip
     assert tiny.result["status"] == "finished"
@@ -81,7 +83,7 @@ def test_tensorboard_has_the_metrics_the_settings_and_the_sample(train) -> None:
     assert events.Scalars("best/train/loss_epoch")[0].value == pytest.approx(tiny.result["best"])
     assert [point.value for point in events.Scalars("lr")] == pytest.approx(tiny.column("lr"))
     assert "hp_metric" not in events.Tags()["scalars"]
-    (text,) = [events.Tensors(tag)[0].tensor_proto.string_val[0].decode() for tag in events.Tags()["tensors"]]
+    text = events.Tensors("sample/text_summary")[0].tensor_proto.string_val[0].decode()
     assert tiny.result["sample"] in text
     assert tiny.result["sample"].startswith("Shall")
     assert "_hparams_/session_start_info" in events.summary_metadata
@@ -256,11 +258,24 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_the_weights_are_touched(
     assert torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 1
 
 
+def test_a_run_that_is_stopped_early_goes_back_to_its_best_weights(train) -> None:
+    ended = train("optimizer.lr=1", "schedule=constant", "trainer.max_epochs=50", "callbacks.early_stopping.patience=2")
+    assert ended.result["restored_best"]
+    assert ended.result["epochs"] < 50
+    best, last = (ended.checkpoint(name)["state_dict"] for name in ("best", "last"))
+    assert not all(best[name].equal(last[name]) for name in best)  # so that it can go on from the last ones
+    assert "restored the best weights, those after step " in ended.output
+    loaded = load_run(ended.folder, "best")
+    opening = ended.result["sample"][: len("Shall I")]
+    assert ended.result["sample"] == Sample(max_new_tokens=8).speak(loaded.network, loaded.tokenizer, opening)
+
+
 @pytest.mark.parametrize("experiment", sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml")))
 def test_every_experiment_takes_steps(train, experiment: str) -> None:
     corpus = f"data.path={ROOT / 'src' / 'language_model' / 'sonnets.txt'}"
-    steps = "trainer.max_steps=4"
-    assert train(f"experiment={experiment}", corpus, steps).result["status"] == "finished"
+    tiny = train(f"experiment={experiment}", corpus, "trainer.max_steps=4", "hydra.mode=RUN")
+    assert tiny.result["status"] == "finished"
+    assert (tiny.folder / "exercise.png").exists() == experiment.startswith("exercise_")
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
@@ -306,7 +321,7 @@ def test_fast_dev_run_and_switched_off_parts(train) -> None:
     )  # fmt: skip
     assert bare.result["status"] == "finished"
     assert {path.name for path in bare.folder.iterdir()} == {
-        "config.yaml", "overrides.yaml", "tokenizer.json", "train.log", "result.json",
+        ".lock", "config.yaml", "overrides.yaml", "tokenizer.json", "train.log", "result.json",
     }  # fmt: skip
 
 
@@ -383,22 +398,6 @@ def test_help_and_config_are_readable(script: Script) -> None:
     assert "d_model: 64" in said
     printed = yaml.safe_load(script("train.py", "--cfg", "job").stdout)
     assert printed["optimizer"]["lr"] == 3e-4
-
-
-def test_a_sweep_runs_every_job_even_after_one_that_fails(script: Script, tmp_path: Path) -> None:
-    done = script("train.py", "-m", *TINY, f"hydra.sweep.dir={tmp_path}/sweep", "model.n_heads=1,3,2", "seed=1")
-    assert done.returncode == 1
-    message = "error: model: n_heads=3 does not divide d_model=16; allowed: 1, 2, 4, 8, 16"
-    said = done.stderr.splitlines()
-    assert said[0] == said[-1] == message  # when it happens, and at the end
-    folders = sorted(path for path in (tmp_path / "sweep").iterdir() if path.is_dir())
-    runs = [Run(folder) for folder in folders]
-    assert [run.config["model"]["n_heads"] for run in runs] == [1, 2]
-    assert all("n_heads=" in folder.name for folder in folders)
-    # The third job is what it is alone: the ones before it left nothing in its way.
-    alone = script("train.py", *TINY, f"folder={tmp_path}/alone", "model.n_heads=2", "seed=1")
-    assert alone.returncode == 0, alone.stderr
-    assert Run(tmp_path / "alone").losses == runs[1].losses
 
 
 @pytest.mark.parametrize(("sent", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])

@@ -1,16 +1,18 @@
-"""What watches a run: the terminal, the throughput, the gradient norm, and the sample at the end."""
+"""What watches a run: the terminal, the throughput, the gradient norm, and the samples."""
 
 import math
+import os
 import time
 from typing import Annotated, Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback, ProgressBar
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 from pydantic import Field, NonNegativeFloat, PositiveInt
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from language_model.config import JOB
 from language_model.generate import generate
 from language_model.terminal import log, terminal
 
@@ -144,8 +146,25 @@ class GradientNorm(Callback):
         }
 
 
+class RestoreBest(Callback):
+    """Gives the network its best weights back at the end of a run that was stopped early, and says so."""
+
+    def __init__(self) -> None:
+        self.done = False
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Restore them: here, behind the save of the last weights."""
+        stopped = any(isinstance(c, EarlyStopping) and c.stopped_epoch for c in trainer.callbacks)
+        best = next((c.best_model_path for c in trainer.callbacks if getattr(c, "best_model_path", "")), "")
+        if stopped and best:
+            content = torch.load(best, map_location="cpu", weights_only=True)
+            pl_module.load_state_dict(content["state_dict"])
+            self.done = True
+            log.info(f"restored the best weights, those after step {content['global_step']:,}")
+
+
 class Sample(Callback):
-    """Lets the trained model speak: a text after a prompt, to the terminal, the log and TensorBoard.
+    """Lets the model speak: a text after a prompt, to TensorBoard at each validation, and everywhere at the end.
 
     Args:
         prompt: what the model goes on from; null for the first words of the corpus.
@@ -182,12 +201,21 @@ class Sample(Callback):
         network.train(training)
         return prompt + tokenizer.decode(ids)
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Draw the sample."""
+    def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Draw a sample for TensorBoard."""
+        if trainer.state.fn == "fit" and not trainer.sanity_checking and trainer.loggers:
+            self._draw(trainer, pl_module)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Draw the last sample."""
+        pl_module.to(trainer.strategy.root_device)  # lightning has taken it to the CPU
+        self._draw(trainer, pl_module)
+
+    def _draw(self, trainer: L.Trainer, pl_module: Any) -> None:
         data: Any = trainer.datamodule
         self.text = self.speak(pl_module.network, data.tokenizer, self.prompt or data.opening)
         for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
+            if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
                 logger.experiment.add_text("sample", f"```\n{self.text}\n```", trainer.global_step)
 
 
@@ -231,7 +259,10 @@ class Console(ProgressBar):
             )
             total = trainer.estimated_stepping_batches
             self._bar.add_task(
-                "step", total=None if math.isinf(total) else total, completed=trainer.global_step, values=""
+                os.environ.get(JOB, "step"),
+                total=None if math.isinf(total) else total,
+                completed=trainer.global_step,
+                values="",
             )
             self._bar.start()
 

@@ -39,6 +39,9 @@ from pydantic import ValidationError as PydanticError
 
 ROOT = Path(__file__).resolve().parents[2]
 
+# In the environment of a sweep's job: which of the jobs it is, in words. It leaves most of the talking to the sweep.
+JOB = "LANGUAGE_MODEL_JOB"
+
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.=,+-]*$", max_length=100)]
 
 # The keys that belong to the run as a whole and not to a node with a _target_.
@@ -50,6 +53,7 @@ SETTINGS: dict[str, Any] = {
     "vocab_size": PositiveInt | None,
     "total_steps": PositiveInt | None,
     "monitor": str | None,
+    "exercise": None,  # or a node, which is checked as one
 }
 
 
@@ -149,6 +153,8 @@ def check_values(config: DictConfig, annotations: Mapping[str, Any]) -> None:
 def build(config: DictConfig, key: str, **arguments: Any) -> Any:
     """Make what the node `key` describes, with further arguments; ConfigError if it cannot be made."""
     node = plain(config)[key]
+    if node is None:
+        return None
     check_node(key, node)
     with blamed_on(key):
         return hydra.utils.instantiate(node, **arguments, _convert_="all")

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shlex
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from omegaconf import DictConfig
 
-from language_model.config import ROOT, flat, one_line, plain
+from language_model.config import JOB, ROOT, build, flat, one_line, plain
 from language_model.data import TokenData
 from language_model.hardware import describe
 from language_model.module import LanguageModel, NonFiniteError
@@ -85,6 +86,8 @@ def collect(module: LanguageModel, trainer: L.Trainer, monitor: str) -> dict[str
         result |= norms.summary(module.grad_norm)
     if (stopping := callbacks.get("EarlyStopping")) is not None and stopping.stopping_reason_message:
         result["stopped_early"] = stopping.stopping_reason_message
+    if (restoring := callbacks.get("RestoreBest")) is not None and restoring.done:
+        result["restored_best"] = True
     if (sample := callbacks.get("Sample")) is not None:
         result["sample"] = sample.text
     return result
@@ -127,6 +130,12 @@ def conclude(config: DictConfig, result: dict[str, Any]) -> None:
     log.info(f"look     tensorboard --logdir {shlex.quote(shown(folder.parent))}")
     if config.trainer.max_epochs > 0:
         log.info(f"go on    {command_to_resume(folder, f'trainer.max_epochs={2 * config.trainer.max_epochs}')}")
+
+
+def do_exercise(config: DictConfig) -> None:
+    """Print and draw what an experiment that is an exercise asks for; of a sweep's, the sweep does it for all jobs."""
+    if JOB not in os.environ and (exercise := build(config, "exercise")):
+        exercise(Path(config.folder), [Path(config.folder)])
 
 
 def interrupted(config: DictConfig, step: int) -> None:

@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 
 import hydra
 import torch
+from filelock import FileLock, Timeout
 from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
@@ -39,8 +39,16 @@ MAY_CHANGE = (
     "trainer.num_nodes", "trainer.strategy", "trainer.log_every_n_steps", "trainer.enable_*", "trainer.detect_anomaly",
     "trainer.benchmark", "trainer.default_root_dir", "data.num_workers", "data.cache", "logger.*",
     "callbacks.last.*", "callbacks.every.*", "callbacks.*.dirpath", "callbacks.console.*", "callbacks.sample.*",
+    "callbacks.dashboard.*", "callbacks.pruning.*",
     "callbacks.throughput.*", "callbacks.gradient_norm.*",
 )  # fmt: skip
+
+DONE = ("finished", "pruned")  # the ends of a run that it is not to go on from
+
+# What is worked out from the rest while it is null.
+DERIVED = ("vocab_size", "*.vocab_size", "monitor", "*.monitor", "trainer.precision")
+
+_held: list[FileLock] = []  # of the folders that this process writes to, until it ends
 
 
 def find(key: str, run: str) -> Path:
@@ -72,11 +80,11 @@ def continued(config: DictConfig) -> tuple[DictConfig, list[str]]:
 
     With ``resume=<a run>`` it is that run's own, with what was typed on top.
     """
-    typed = [str(override) for override in HydraConfig.get().overrides.task]
+    typed = [str(o) for o in HydraConfig.get().overrides.task if key_of(str(o)) != "folder"]
     if not config.resume or Path(config.resume).is_file():
         return config, typed
     folder = find("resume", config.resume)
-    typed = [override for override in typed if key_of(override) not in ("resume", "name", "folder")]
+    typed = [override for override in typed if key_of(override) not in ("resume", "name")]
     before = [str(override) for override in OmegaConf.load(folder / "overrides.yaml")]
     overrides = [old for old in before if key_of(old) not in map(key_of, typed)] + typed
     config = hydra.compose(HydraConfig.get().job.config_name, overrides)
@@ -90,18 +98,8 @@ def key_of(override: str) -> str:
 
 
 def folder_for(config: DictConfig) -> Path:
-    """Return the folder for this run, not made yet.
-
-    A single run gets ``outputs/runs/<name>``; a job of a sweep a folder named by its overrides, in the sweep's.
-    """
-    hydra_config = HydraConfig.get()
-    if config.folder:
-        folder = Path(config.folder)
-    elif hydra_config.mode == RunMode.MULTIRUN:
-        overrides = [o for o in hydra_config.overrides.task if not o.startswith("name=")]
-        folder = Path(hydra_config.sweep.dir) / safe_name(",".join(sorted(overrides)))
-    else:
-        folder = RUNS / name_or_time(config.name)
+    """Return the folder for this run, not made yet: ``outputs/runs/<name>``, unless one is given."""
+    folder = Path(config.folder) if config.folder else RUNS / name_or_time(config.name)
     if rank_zero_only.rank == 0:
         os.environ[FOLDER] = str(folder.resolve())
     elif not (config.folder or config.name):  # a process that the first one started: they share a folder
@@ -109,10 +107,15 @@ def folder_for(config: DictConfig) -> Path:
     return folder.resolve()
 
 
-def safe_name(overrides: str, longest: int = 120) -> str:
-    """Return a folder name for a job's overrides: no character that a file system minds, bounded, none alike."""
+def safe_name(overrides: str, further: str = "", longest: int = 120) -> str:
+    """Return a folder name for a job's overrides: no character that a file system minds, bounded, none alike.
+
+    `further` is what tells it from another job of that name.
+    """
     name = re.sub(r"[^\w.=,+-]+", "_", overrides, flags=re.ASCII)[:longest].lstrip(".") or "defaults"
-    return name if name == (overrides or name) else f"{name}-{hashlib.sha256(overrides.encode()).hexdigest()[:8]}"
+    if name == (overrides or name) and not further:
+        return name
+    return f"{name}-{hashlib.sha256((overrides + further).encode()).hexdigest()[:8]}"
 
 
 def shown(path: Path) -> str:
@@ -124,6 +127,26 @@ def shown(path: Path) -> str:
 def modified(file: Path) -> float:
     """Return when a file was last written."""
     return file.stat().st_mtime
+
+
+def hold(folder: Path) -> None:
+    """Keep other processes from training in a folder, until this one ends; ConfigError if one does already."""
+    lock = FileLock(folder / ".lock", is_singleton=True)
+    try:
+        lock.acquire(timeout=1)
+    except Timeout:
+        log.info(f"waits    for the process that trains in {shown(folder)}")
+        try:
+            lock.acquire(timeout=60)  # for one that was asked to stop a moment ago, and saves
+        except Timeout:
+            raise ConfigError(f"name: another process is training in {shown(folder)}") from None
+    _held.append(lock)
+
+
+def settings_of(folder: Path) -> dict[str, Any]:
+    """Return a run's settings, with dotted keys; none if it has not come so far."""
+    file = folder / "config.yaml"
+    return flat(OmegaConf.to_container(OmegaConf.load(file))) if file.is_file() else {}
 
 
 class Earlier(NamedTuple):
@@ -139,7 +162,13 @@ def earlier(folder: Path) -> Earlier | None:
     checkpoints = folder / "checkpoints"
     if not folder.exists() or (rank_zero_only.rank and not (checkpoints / "last.ckpt").exists()):
         return None
-    if not (folder / "config.yaml").is_file():
+    begun, ours = (folder / "config.yaml").is_file(), (folder / "job.json").is_file()
+    if (begun or ours) and rank_zero_only.rank == 0:
+        with blamed_on("folder"):
+            hold(folder)
+    if ours and not begun:
+        return None  # a sweep has made it ready
+    if not begun:
         raise ConfigError(f"name: {shown(folder)} is there already, and is no run's folder; choose another name")
     last = checkpoints / "last.ckpt"
     if rank_zero_only.rank == 0:
@@ -147,7 +176,7 @@ def earlier(folder: Path) -> Earlier | None:
     if not list(checkpoints.glob("*.ckpt")) and not any((folder / f).exists() for f in ("metrics.csv", "result.json")):
         log.info(f"{shown(folder)} was broken off before its first step: it starts anew")
         return None
-    settings = flat(OmegaConf.to_container(OmegaConf.load(folder / "config.yaml")))
+    settings = settings_of(folder)
     complaints = []
     others = sorted(checkpoints.glob("*.ckpt"), key=modified, reverse=True)
     for file in (last, *(file for file in others if file != last)):
@@ -175,9 +204,13 @@ def tidy(folder: Path, last: Path) -> None:
 
 def is_finished(before: Earlier, config: DictConfig) -> bool:
     """Whether a run has come to its end, and that end is not to be moved."""
-    limits = ("trainer.max_epochs", "trainer.max_steps", "trainer.max_time")
+    return before.result.get("status") in DONE and not end_moved(before.settings, config)
+
+
+def end_moved(before: dict[str, Any], config: DictConfig) -> bool:
+    """Whether a run is to end elsewhere than it was."""
     now = flat(plain(config))
-    return before.result.get("status") == "finished" and all(before.settings.get(k) == now[k] for k in limits)
+    return any(before.get(k) != now[k] for k in ("trainer.max_epochs", "trainer.max_steps", "trainer.max_time"))
 
 
 def read(checkpoint: Path, device: str = "meta") -> dict[str, Any]:
@@ -199,13 +232,23 @@ def read(checkpoint: Path, device: str = "meta") -> dict[str, Any]:
     return content
 
 
-def check_unchanged(folder: Path, before: dict[str, Any], config: DictConfig) -> None:
-    """Raise ConfigError if a run is to go on with settings that would make it another run."""
+def may_change(key: str) -> bool:
+    """Whether a setting may be another one when a run goes on."""
+    return any(fnmatch(key, pattern) for pattern in MAY_CHANGE)
+
+
+def check_unchanged(folder: Path, before: dict[str, Any], config: DictConfig, derived: bool = True) -> None:
+    """Raise ConfigError if a run is to go on with settings that would make it another run.
+
+    `derived` says whether the config has what is worked out from the rest.
+    """
     now = flat(plain(config))
+    if not derived:
+        now |= {k: before[k] for k in now if now[k] is None and k in before and any(fnmatch(k, d) for d in DERIVED)}
     changed = [
         f"{key}={before.get(key, 'nothing')} then, {now.get(key, 'nothing')} now"
         for key in dict.fromkeys((*before, *now))
-        if before.get(key) != now.get(key) and not any(fnmatch(key, pattern) for pattern in MAY_CHANGE)
+        if before.get(key) != now.get(key) and not may_change(key)
     ]
     if changed:
         more = f", and {len(changed) - 4} more" if len(changed) > 4 else ""
@@ -249,6 +292,7 @@ def kept(folder: Path, config: DictConfig, overrides: list[str], tokenizer: Any,
         return
     with blamed_on("folder"):
         folder.mkdir(parents=True, exist_ok=True)
+        hold(folder)
         OmegaConf.save(OmegaConf.create(overrides), folder / "overrides.yaml")
         tokenizer.save(folder / "tokenizer.json")
         OmegaConf.save(config, folder / "config.yaml", resolve=True)
@@ -263,10 +307,20 @@ def kept(folder: Path, config: DictConfig, overrides: list[str], tokenizer: Any,
 
 
 def save_result(folder: Path, result: dict[str, Any]) -> None:
-    """Write ``result.json`` in one move, so that it is whole or not there; numbers that are not finite become null."""
-    beside = folder / "result.json.tmp"
-    beside.write_text(json.dumps(finite(result), indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    beside.replace(folder / "result.json")
+    """Write ``result.json``."""
+    save_json(folder / "result.json", result)
+
+
+def save_json(file: Path, content: dict[str, Any]) -> None:
+    """Write a file as `save_text` does; numbers that are not finite become null."""
+    save_text(file, json.dumps(finite(content), indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+
+
+def save_text(file: Path, content: str) -> None:
+    """Write a file in one move, so that it is whole or not there."""
+    beside = file.with_name(f"{file.name}.tmp")
+    beside.write_text(content, encoding="utf-8")
+    beside.replace(file)
 
 
 def finite(value: Any) -> Any:

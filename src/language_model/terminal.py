@@ -1,6 +1,8 @@
 """The terminal: one log for all that a run says, and silence for what a user can do nothing about."""
 
 import logging
+import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,8 +12,10 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from language_model.config import JOB
+
 log = logging.getLogger("language_model")
-terminal = Console(highlight=False)
+terminal = Console(highlight=False, width=None if sys.stdout.isatty() else 160)  # a file has room for tables
 
 # What the stack warns of, and why it is no news here.
 NO_NEWS = [
@@ -59,7 +63,8 @@ def speak() -> None:
     """Send the project's log to the terminal, on the first process only, and quieten the stack's."""
     log.setLevel(logging.INFO)
     log.propagate = False
-    log.handlers = [TerminalHandler()] if rank_zero_only.rank == 0 else []
+    log.handlers = [TerminalHandler(logging.WARNING if JOB in os.environ else logging.INFO)]
+    log.handlers = log.handlers if rank_zero_only.rank == 0 else []
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in NO_NEWS:

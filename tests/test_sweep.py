@@ -1,0 +1,300 @@
+"""Sweeps: planned, done, gone on with and summed up; the runs themselves are made up where they do not matter."""
+
+import csv
+import json
+import os
+import random
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, TINY, Run, Script
+from omegaconf import DictConfig, OmegaConf
+
+from language_model import plots, run, summary, sweep
+
+Sweep = Callable[..., str]
+
+
+class Jobs:
+    """Made-up runs: what each comes to is a function of its config."""
+
+    def __init__(self) -> None:
+        self.done: list[str] = []
+        self.outcome: Callable[[DictConfig], float | str] = lambda config: config.optimizer.lr
+        self.config: DictConfig
+
+    def do_job(self, config: DictConfig) -> None:
+        self.config = config
+        real_do_job(config)
+
+    def alone(self, folder: Path, label: str) -> str | None:
+        self.done.append(folder.name)
+        OmegaConf.save(self.config, folder / "config.yaml", resolve=True)
+        came_to = self.outcome(self.config)
+        result = {"steps": 10, "seconds": 2.0, "monitor": "train/loss_epoch", "best": came_to, "metrics": {}}
+        if isinstance(came_to, str):
+            result = {"status": "failed", "error": came_to}
+        run.save_result(folder, {"status": "finished"} | result)
+        return came_to if isinstance(came_to, str) else None
+
+
+real_do_job = sweep.do_job
+
+
+@pytest.fixture
+def jobs(monkeypatch: pytest.MonkeyPatch) -> Jobs:
+    made_up = Jobs()
+    monkeypatch.setattr(sweep, "do_job", made_up.do_job)
+    monkeypatch.setattr(sweep, "alone", made_up.alone)
+    monkeypatch.setattr(plots, "sweep", lambda groups, file: None)  # takes half a second
+    return made_up
+
+
+@pytest.fixture
+def multirun(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path) -> Sweep:
+    """Run scripts/train.py -m in this process; return what it says."""
+
+    def start(*overrides: str) -> str:
+        monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+        monkeypatch.setattr(sys, "argv", ["train.py", "-m", f"hydra.sweep.dir={tmp_path / 'sweep'}", *overrides])
+        runpy.run_path(str(ROOT / "scripts" / "train.py"), run_name="__main__")
+        return capsys.readouterr().out
+
+    return start
+
+
+def refused(multirun: Sweep, *overrides: str) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        multirun(*overrides)
+    message = str(stopped.value)
+    assert message.startswith("error: ")
+    assert "\n" not in message
+    return message
+
+
+def test_a_sweep_does_every_combination_and_sums_it_up(multirun: Sweep, jobs: Jobs, tmp_path: Path) -> None:
+    jobs.outcome = lambda config: config.optimizer.lr * 100 + config.seed
+    said = multirun("optimizer.lr=1e-2,3e-2", "seed=1,3", "data.batch_size=8")
+    assert jobs.done == [f"optimizer.lr={lr},seed={seed}" for lr in (0.01, 0.03) for seed in (1, 3)]
+    assert "4 jobs, 0 of them finished" in said
+    assert "[4/4] optimizer.lr=0.03,seed=3: train/loss_epoch 6.0000, finished in 2.0 s\n" in said
+    page = (tmp_path / "sweep" / "summary.md").read_text()
+    assert [line for line in page.splitlines() if line.startswith("| 0")] == [
+        "| 0.01 | 3.0000 ± 1.4142 | 2 | 2.0 s |",
+        "| 0.03 | 5.0000 ± 1.4142 | 2 | 2.0 s |",
+    ]
+    again = "scripts/train.py optimizer.lr=0.01 seed=1 data.batch_size=8"
+    assert again in page
+    assert again in said
+    rows = list(csv.DictReader((tmp_path / "sweep" / "summary.csv").read_text().splitlines()))
+    assert [(row["optimizer.lr"], row["seed"], float(row["best"])) for row in rows] == [
+        ("0.01", "1", 2.0), ("0.01", "3", 4.0), ("0.03", "1", 4.0), ("0.03", "3", 6.0),
+    ]  # fmt: skip
+    assert "data.batch_size" not in rows[0]  # does not vary
+
+
+def test_a_sweep_typed_again_does_what_is_left(multirun: Sweep, jobs: Jobs) -> None:
+    jobs.outcome = lambda config: "out of memory" if config.seed == 2 else float(config.seed)
+    message = refused(multirun, "optimizer.lr=1e-2", "seed=1,2,3")
+    assert message == "error: 1 of 3 jobs did not finish; the same command tries them again"
+    assert jobs.done == ["seed=1", "seed=2", "seed=3"]  # one that fails stops no other
+    jobs.done.clear()
+    jobs.outcome = lambda config: float(config.seed)
+    multirun("optimizer.lr=1e-2", "seed=1,2,3")
+    assert jobs.done == ["seed=2"]  # is tried again
+    jobs.done.clear()
+    multirun("optimizer.lr=1e-2", "seed=1,2,3,4")
+    assert jobs.done == ["seed=4"]  # was added
+    jobs.done.clear()
+    multirun("optimizer.lr=1e-2,2e-2", "seed=1,2,3,4")  # what was the same for all is swept over now
+    assert jobs.done == [f"optimizer.lr=0.02,seed={seed}" for seed in (1, 2, 3, 4)]
+    jobs.done.clear()
+    multirun("optimizer.lr=1e-2", "seed=2,3", "trainer.max_epochs=60")  # a part of it, to a later end
+    assert jobs.done == ["seed=2", "seed=3"]
+
+
+def test_the_failures_are_told_with_their_reasons(multirun: Sweep, jobs: Jobs, tmp_path: Path) -> None:
+    jobs.outcome = lambda config: "out of memory" if config.seed < 3 else 1.0
+    refused(multirun, "seed=1,2,3")
+    page = (tmp_path / "sweep" / "summary.md").read_text()
+    assert "1 of 3 jobs finished." in page
+    assert "- `seed=1`: out of memory" in page
+    assert "| 1.0000 ± " not in page
+    rows = list(csv.DictReader((tmp_path / "sweep" / "summary.csv").read_text().splitlines()))
+    assert [(row["seed"], row["status"], row["error"]) for row in rows] == [
+        ("3", "finished", ""), ("1", "failed", "out of memory"), ("2", "failed", "out of memory"),
+    ]  # fmt: skip
+
+
+def test_another_sweep_under_the_same_name_is_refused(multirun: Sweep, jobs: Jobs, tmp_path: Path) -> None:
+    multirun("optimizer.lr=1e-2,2e-2", "seed=1")
+    jobs.done.clear()
+    before = {file: file.read_bytes() for file in (tmp_path / "sweep").rglob("*") if file.is_file()}
+    for overrides, found in (
+        (["optimizer.lr=1e-2,2e-2", "seed=2"], "seed=1 then, 2 now; choose another name"),
+        (["optimizer.lr=1e-2,2e-2"], "seed=1 then, (not set) now"),
+        (["optimizer.lr=1e-2,2e-2", "seed=1", "model=nano"], "model=(not set) then, nano now"),
+        (["seed=1,2"], "optimizer.lr=0.01,0.02 then, (not set) now"),
+    ):
+        assert found in refused(multirun, *overrides)
+    assert jobs.done == []
+    assert before == {file: file.read_bytes() for file in (tmp_path / "sweep").rglob("*") if file.is_file()}
+
+
+def test_a_finished_job_whose_settings_have_changed_is_refused(multirun: Sweep, jobs: Jobs, tmp_path: Path) -> None:
+    multirun("seed=1,2")
+    file = tmp_path / "sweep" / "seed=1" / "config.yaml"
+    file.write_text(file.read_text().replace("d_model: 64", "d_model: 32"))  # as if conf/ had been edited since
+    assert "was trained with other settings: model.d_model=32 then, 64 now" in refused(multirun, "seed=1,2")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "found"),
+    [
+        (["optimizer.lr=1e-3,abc"], 'optimizer.lr="abc": '),
+        (["optimizer.lr=1e-3,-1"], "optimizer.lr=-1: input should be greater than 0"),
+        (["optimizer.rate=1,2"], "optimizer.rate: unknown key"),
+        (["model=small,tiny"], "model=tiny: there is no such file in conf/model"),
+        (["seed=range(0,101)"], "hydra.sweeper.max_jobs=100: these are 101 jobs or more"),
+        (["seed=range(0,1000000000)"], "hydra.sweeper.max_jobs=100: these are 101 jobs"),
+        (["hydra.sweeper.max_jobs=0", "seed=1,2"], "hydra.sweeper.max_jobs=0: input should be greater than 0"),
+        (["hydra.sweeper.max_jobs=many", "seed=1,2"], 'hydra.sweeper.max_jobs="many": '),
+        (["name=a,b"], "name=a,b: a sweep has one name"),
+        (["folder=here", "seed=1,2"], "folder: a sweep goes on by its own command"),
+        (["resume=latest,other"], "resume: a sweep goes on by its own command"),
+        (["optimizer.lr=interval(1e-4,1e-2)"], "a space to search in needs hydra/sweeper=search"),
+        (["hydra/launcher=cluster", "seed=1,2"], "hydra/launcher=cluster: there is no such file"),
+    ],
+)
+def test_what_is_wrong_is_found_before_the_first_job(
+    multirun: Sweep, jobs: Jobs, tmp_path: Path, overrides: list[str], found: str
+) -> None:
+    assert found in refused(multirun, *overrides)
+    assert jobs.done == []
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_the_picture(multirun: Sweep, jobs: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    multirun("optimizer.lr=1e-2,1e-3,1e-4", "model.position=learned,rotary", "seed=1,2")
+    monkeypatch.undo()
+    for row in summary.read(tmp_path / "sweep"):
+        (row.folder / "metrics.csv").write_text("step,train/loss_epoch\n0,3.0\n9,2.0\n")
+    summary.update(tmp_path / "sweep")
+    assert (tmp_path / "sweep" / "summary.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_folder_that_is_no_sweep_is_refused(multirun: Sweep, jobs: Jobs, tmp_path: Path) -> None:
+    (tmp_path / "sweep").mkdir()
+    assert "is there already, and is no sweep" in refused(multirun, "seed=1,2")
+    assert list((tmp_path / "sweep").iterdir()) == []
+
+
+def test_jobs_of_one_name_get_folders_of_their_own(multirun: Sweep, jobs: Jobs) -> None:
+    jobs.outcome = lambda config: 1.0
+    multirun("callbacks.sample.prompt='a b','a/b'", "seed=1")
+    assert len(set(jobs.done)) == 2
+    assert all(set(name) <= set("abcdefghijklmnopqrstuvwxyz0123456789._=,+-") for name in jobs.done)
+
+
+def test_a_sweep_of_an_experiment(multirun: Sweep, jobs: Jobs, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """The exercises name their values; typed ones come first."""
+    said = multirun("experiment=exercise_1_learning_rate", "optimizer.lr=1e-2,1e-3")
+    assert jobs.done == ["optimizer.lr=0.01", "optimizer.lr=0.001"]
+    assert "LR=1e-02 → Final loss: " in said
+    assert "hydra.mode=RUN" in summary.command(summary.read(tmp_path / "sweep")[0])
+
+
+def test_a_sweep_of_real_runs(script: Script, tmp_path: Path) -> None:
+    overrides = [*TINY, f"hydra.sweep.dir={tmp_path}/sweep", "model.n_heads=3,2", "seed=1"]
+    done = script("train.py", "-m", *overrides)
+    assert done.returncode == 1
+    assert done.stderr == "error: 1 of 2 jobs did not finish; the same command tries them again\n"
+    reason = "model.n_heads=3: model: n_heads=3 does not divide d_model=16; allowed: 1, 2, 4, 8, 16"
+    assert f"warning: [1/2] {reason}" in done.stdout
+    assert [row.status for row in summary.read(tmp_path / "sweep")] == ["finished", "failed"]
+    assert not (tmp_path / "sweep" / "model.n_heads=2" / "stderr.txt").exists()
+
+
+def command(folder: Path, *overrides: str) -> list[str]:
+    cache = f"data.cache={folder.parent / 'corpora'}"
+    return [sys.executable, str(ROOT / "scripts" / "train.py"), "-m", f"hydra.sweep.dir={folder}", cache, *overrides]
+
+
+def wait_for(file: Path, process: subprocess.Popen) -> None:
+    limit = time.monotonic() + 120
+    while not file.exists() and process.poll() is None and time.monotonic() < limit:
+        time.sleep(0.05)
+    assert file.exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("sent", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
+def test_a_signal_stops_a_sweep_with_its_status_and_a_checkpoint(tmp_path: Path, sent: int, status: int) -> None:
+    overrides = [*TINY, "trainer.max_epochs=100000", "seed=1,2"]
+    with subprocess.Popen(command(tmp_path / "sweep", *overrides), stdout=subprocess.PIPE, text=True) as process:
+        wait_for(tmp_path / "sweep" / "seed=1" / "checkpoints" / "last.ckpt", process)
+        process.send_signal(sent)
+        said = process.communicate(timeout=60)[0]
+    assert process.returncode == status
+    assert "was stopped; the same command goes on with it" in said
+    assert json.loads((tmp_path / "sweep" / "seed=1" / "result.json").read_text())["status"] == "interrupted"
+    assert not (tmp_path / "sweep" / "seed=2" / "config.yaml").exists()
+
+
+TWELVE = [*TINY, "trainer.max_epochs=40", "callbacks.last.every_n_steps=20", "model.n_heads=1,2", "seed=1,2,3,4,5,6"]
+TIMES = ("seconds", "train/tokens_per_sec")
+
+
+def rows_of(folder: Path) -> list[dict[str, str]]:
+    rows = list(csv.DictReader((folder / "summary.csv").read_text().splitlines()))
+    return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
+def test_a_sweep_killed_three_times_comes_to_the_same_summary(tmp_path: Path, script: Script) -> None:
+    assert subprocess.run(command(tmp_path / "whole", *TWELVE)).returncode == 0
+    luck = random.Random(0)
+    for _ in range(3):
+        with subprocess.Popen(command(tmp_path / "killed", *TWELVE)) as process:
+            time.sleep(luck.uniform(8, 40))
+            process.kill()
+    assert subprocess.run(command(tmp_path / "killed", *TWELVE)).returncode == 0
+    assert len(rows_of(tmp_path / "killed")) == 12
+    assert rows_of(tmp_path / "killed") == rows_of(tmp_path / "whole")
+    # The seventh job is what it is alone, to the last bit.
+    seventh = tmp_path / "whole" / "model.n_heads=2,seed=1"
+    overrides = [each for each in TWELVE if "," not in each]
+    assert script("train.py", *overrides, "model.n_heads=2", "seed=1", f"folder={tmp_path}/alone").returncode == 0
+    assert Run(tmp_path / "alone").losses == Run(seventh).losses
+    ours, theirs = Run(tmp_path / "alone").checkpoint("last"), Run(seventh).checkpoint("last")
+    assert all(ours["state_dict"][name].equal(theirs["state_dict"][name]) for name in ours["state_dict"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["parallel", "submitit_local"])
+def test_jobs_side_by_side_come_to_the_same(tmp_path: Path, launcher: str) -> None:
+    """With one thread each, as two jobs on two cores have."""
+    overrides = [*TINY, "seed=1,2", "model.n_heads=1,2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    one_by_one = subprocess.run(command(tmp_path / "serial", *overrides), env=environment)
+    at_once = subprocess.run(command(tmp_path / "parallel", *overrides, f"hydra/launcher={launcher}"), env=environment)
+    assert one_by_one.returncode == at_once.returncode == 0
+    assert len(rows_of(tmp_path / "parallel")) == 4
+    assert rows_of(tmp_path / "parallel") == rows_of(tmp_path / "serial")
+
+
+@pytest.mark.slow
+def test_data_parallel_jobs_in_a_sweep(tmp_path: Path) -> None:
+    overrides = [*TINY, "trainer.devices=2", "trainer.strategy=ddp", "seed=1,2"]
+    done = subprocess.run(command(tmp_path / "sweep", *overrides), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert [row["status"] for row in rows_of(tmp_path / "sweep")] == ["finished", "finished"]
+    assert sorted(path.name for path in (tmp_path / "sweep").glob("*/")) == ["seed=1", "seed=2"]
