@@ -33,7 +33,7 @@ class Jobs:
         self.config = config
         real_do_job(config)
 
-    def alone(self, folder: Path, label: str) -> str | None:
+    def alone(self, folder: Path, label: str, environment: dict[str, str]) -> str | None:
         self.done.append(folder.name)
         OmegaConf.save(self.config, folder / "config.yaml", resolve=True)
         came_to = self.outcome(self.config)
@@ -219,6 +219,21 @@ def test_a_sweep_of_real_runs(script: Script, tmp_path: Path) -> None:
     assert f"warning: [1/2] {reason}" in done.stdout
     assert [row.status for row in summary.read(tmp_path / "sweep")] == ["finished", "failed"]
     assert not (tmp_path / "sweep" / "model.n_heads=2" / "stderr.txt").exists()
+
+
+def test_jobs_beside_each_other_get_gpus_of_their_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    with sweep.own_gpu(tmp_path) as none:
+        assert none == {}
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5")
+    with sweep.own_gpu(tmp_path) as only:
+        assert only == {}  # as it is
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
+    with sweep.own_gpu(tmp_path) as first, sweep.own_gpu(tmp_path) as second, sweep.own_gpu(tmp_path) as third:
+        assert [gpu["CUDA_VISIBLE_DEVICES"] for gpu in (first, second)] == ["2", "5"]
+        assert third["CUDA_VISIBLE_DEVICES"] in ("2", "5")
+    with sweep.own_gpu(tmp_path) as again:
+        assert again == {"CUDA_VISIBLE_DEVICES": "2"}
 
 
 def command(folder: Path, *overrides: str) -> list[str]:

@@ -56,6 +56,13 @@ SETTINGS: dict[str, Any] = {
     "exercise": None,  # or a node, which is checked as one
 }
 
+# What Hydra's launchers come with.
+LAUNCHERS = {
+    "joblib": "hydra-joblib-launcher",
+    "submitit_slurm": "hydra-submitit-launcher",
+    "submitit_local": "hydra-submitit-launcher",
+}
+
 
 def name_or_time(name: str | int | None) -> str:
     """Return a name, or for none the date and time with something behind it that cannot collide."""
@@ -232,6 +239,8 @@ def explain(error: Exception, config_name: str, arguments: list[str]) -> str:
     """Put an error of Hydra's into one line that says what is allowed."""
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, choice = error.missing_cfg_file.rpartition("/")
+        if choice in LAUNCHERS:
+            return f"hydra/launcher={choice}: is not installed; pip install {LAUNCHERS[choice]}"
         options = error.options or []
         return f"{group}={choice}: there is no such file in conf/{group}; choose from {', '.join(sorted(options))}"
     unknown = re.search(r"Could not override '([^']+)'", str(error))

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import shlex
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from language_model.config import JOB, ROOT, build, flat, one_line, plain
 from language_model.data import TokenData
 from language_model.hardware import describe
 from language_model.module import LanguageModel, NonFiniteError
-from language_model.run import finite, shown
+from language_model.run import finite, may_change, shown
+from language_model.summary import job_of
 from language_model.terminal import log
 
 
@@ -94,9 +96,20 @@ def collect(module: LanguageModel, trainer: L.Trainer, monitor: str) -> dict[str
 
 
 def log_hyperparameters(config: DictConfig, result: dict[str, Any], trainer: L.Trainer) -> None:
-    """Write a flat record of what was set, and the best value it gave, to TensorBoard: once, at the end."""
+    """Write a flat record of what was set, and the best value it gave, to TensorBoard: once, at the end.
+
+    What a sweep varies comes a second time as ``(swept) <key>``: TensorBoard sorts by name, and shows the first few.
+    """
     sections = ("model", "data", "optimizer", "schedule", "trainer", "seed")
-    settings = {key: value for key, value in flat(plain(config)).items() if key.split(".")[0] in sections}
+    settings = {
+        key: value
+        for key, value in flat(plain(config)).items()
+        if key.split(".")[0] in sections and value is not None and not key.endswith("_") and not may_change(key)
+    }
+    for key, value in job_of(Path(config.folder)).get("swept", {}).items():
+        with suppress(ValueError):
+            value = float(value)
+        settings[f"(swept) {key}"] = value
     metrics = {f"best/{result['monitor']}": result["best"]} if "best" in result else {}
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):

@@ -71,7 +71,8 @@ def search(
             jobs = {number: trial_job(sweep, number, fixed | trials.values(number)) for number in batch}
             for number, job in jobs.items():
                 label = f"[{number + 1}/{n_trials}] {summary.in_words(trials.values(number))}"
-                sweep.enter(job, {"trial": str(number), **trials.values(number)}, label, trial=number)
+                values = trials.values(number)
+                sweep.enter(job, {"trial": str(number), **values}, label, trial=number, swept=values)
             sweep.launch([job for job in jobs.values() if not is_done(job.folder, without_hydra(sweep.compose(job)))])
             for number, job in jobs.items():
                 trials.tell(number, job.folder)

@@ -16,11 +16,13 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from itertools import islice, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+from filelock import FileLock, Timeout
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -216,7 +218,8 @@ def grid(sweep: Sweep, arguments: list[str], max_jobs: PositiveInt, params: dict
     sweep.begin(everything, len(todo))
     for job in jobs:
         label = f"[{todo.index(job) + 1}/{len(todo)}] {job.folder.name}" if job in todo else ""
-        sweep.enter(job, {key: value_in(configs[job.folder], key) for key in everything}, label)
+        values = {key: value_in(configs[job.folder], key) for key in everything}
+        sweep.enter(job, values, label, swept={key: values[key] for key in values if len(everything[key]) > 1})
     log.info(f"sweep    {shown(sweep.folder)}: {len(jobs)} jobs, {len(jobs) - len(todo)} of them finished")
     with stopped_cleanly(sweep.folder):
         sweep.launch(todo)
@@ -271,9 +274,24 @@ def do_job(config: DictConfig) -> None:
     """
     folder = Path(config.folder)
     save_job(folder, error=None)
-    error = alone(folder, job_of(folder)["label"])
+    beside_others = HydraConfig.get().launcher._target_.endswith("JoblibLauncher")
+    wants_one = beside_others and config.trainer.devices == "auto"
+    slot: AbstractContextManager[dict[str, str]] = own_gpu(folder.parent) if wants_one else nullcontext({})
+    with slot as gpu:
+        error = alone(folder, job_of(folder)["label"], gpu)
     save_job(folder, error=error, ended=time.time())
     summary.update(folder.parent)
+
+
+@contextmanager
+def own_gpu(folder: Path) -> Iterator[dict[str, str]]:
+    """Give a job beside others a GPU to itself, by its environment: one that is free, or for want of one, any."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count())))).split(",")
+    for gpu in visible if len(visible) > 1 else ():
+        with suppress(Timeout), FileLock(folder / f".gpu-{gpu}.lock", timeout=0):
+            yield {"CUDA_VISIBLE_DEVICES": gpu}
+            return
+    yield {"CUDA_VISIBLE_DEVICES": visible[os.getpid() % len(visible)]} if len(visible) > 1 else {}
 
 
 def end_with_sweep() -> None:
@@ -286,11 +304,17 @@ def end_with_sweep() -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
-def alone(folder: Path, label: str) -> str | None:
-    """Run a job in a process of its own; return why it failed, None if it finished or was stopped from outside."""
+def alone(folder: Path, label: str, environment: dict[str, str]) -> str | None:
+    """Run a job in a process of its own; return why it failed, None if it finished or was stopped from outside.
+
+    Args:
+        folder: the job's.
+        label: what its bar says.
+        environment: what its process has in it besides this one's.
+    """
     launcher = HydraConfig.get().launcher._target_.rpartition(".")[2]
     starter = os.getppid()
-    environment = {**os.environ, JOB: label}
+    environment = {**os.environ, **environment, JOB: label}
     environment.pop("HYDRA_FULL_ERROR", None)  # set while Hydra runs, to get its errors whole
     script = str(ROOT / "scripts" / "train.py")
     override = quoted(f"folder={folder}", ("folder",))
