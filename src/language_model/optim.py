@@ -4,12 +4,14 @@ An optimizer is anything callable with ``network.named_parameters()`` and its se
 ``torch.optim`` works from a file in ``conf/optimizer`` alone.
 """
 
+import math
 from collections.abc import Iterable
-from typing import Annotated
+from fnmatch import fnmatch
+from typing import Annotated, Any
 
 import torch
-from pydantic import Field, NonNegativeFloat, PositiveFloat
-from torch import nn
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from torch import Tensor, nn
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
@@ -41,3 +43,113 @@ def adamw(
     if vectors:
         groups.append({"params": vectors, "weight_decay": 0.0})
     return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=fused)
+
+
+def muon(
+    named_parameters: Iterable[tuple[str, nn.Parameter]],
+    lr: PositiveFloat,
+    momentum: Beta = 0.95,
+    weight_decay: NonNegativeFloat = 0.0,
+    ns_steps: PositiveInt = 5,
+    not_muon: tuple[str, ...] = ("*embedding*", "head*"),
+    stacked: dict[str, PositiveInt] | None = None,
+    adamw_lr: PositiveFloat = 4e-3,
+    betas: tuple[Beta, Beta] = (0.9, 0.99),
+    eps: PositiveFloat = 1e-8,
+    adamw_weight_decay: NonNegativeFloat = 0.0,
+    fused: bool = True,
+) -> "Muon":
+    """Return Muon for the matrices inside the blocks, with AdamW for all else.
+
+    Args:
+        named_parameters: names and parameters of the network.
+        lr: peak learning rate of Muon; the schedule moves that of AdamW in proportion.
+        momentum: decay rate of the running mean of the gradient.
+        weight_decay: share of a matrix that a step of rate 1 would remove.
+        ns_steps: Newton-Schulz iterations, which bring a matrix's singular values near 1.
+        not_muon: names (patterns) of matrices for AdamW: those that are looked up by token, or give the logits.
+        stacked: for names (patterns) of matrices that hold several, how many of them stand one below the other.
+        adamw_lr: peak learning rate of AdamW.
+        betas: AdamW's decay rates of the running means of the gradient and of its square.
+        eps: added to the root of the second mean.
+        adamw_weight_decay: as `weight_decay`, of AdamW's matrices; its vectors have none.
+        fused: one kernel for all of AdamW's parameters.
+    """
+    groups: dict[tuple[bool, int, float], dict[str, Any]] = {}
+    for name, parameter in named_parameters:
+        by_muon = parameter.ndim == 2 and not any(fnmatch(name, pattern) for pattern in not_muon)
+        number = next((n for pattern, n in (stacked or {}).items() if by_muon and fnmatch(name, pattern)), 1)
+        decay = weight_decay if by_muon else adamw_weight_decay * (parameter.ndim >= 2)
+        group = {"params": [], "muon": by_muon, "stacked": number, "weight_decay": decay}
+        group |= {"lr": lr, "momentum": momentum, "ns_steps": ns_steps} if by_muon else {"lr": adamw_lr}
+        groups.setdefault((not by_muon, number, decay), group)["params"].append(parameter)
+    ordered = [groups[key] for key in sorted(groups)]  # Muon's first: the schedule is that of the first group
+    if not ordered[0]["muon"]:
+        raise ValueError("not_muon: leaves no matrix for Muon")
+    return Muon(ordered, lr=lr, betas=betas, eps=eps, fused=fused)
+
+
+class Muon(torch.optim.AdamW):
+    """Muon (kellerjordan.github.io/posts/muon) in the groups marked ``muon``, AdamW in the others: one optimizer.
+
+    Muon's step is a matrix's momentum with all singular values brought near 1, as torch.optim.Muon's, but matrices of
+    one shape go through the iteration as one batch.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """Do a step."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        groups = self.param_groups
+        self.param_groups = [group for group in groups if not group["muon"]]
+        try:
+            super().step()
+        finally:
+            self.param_groups = groups
+        self._step_matrices([group for group in groups if group["muon"]])
+        return loss
+
+    def _step_matrices(self, groups: list[dict[str, Any]]) -> None:
+        by_shape: dict[tuple[int, ...], list[tuple[Tensor, Tensor, dict[str, Any]]]] = {}
+        for group in groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            if not parameters:
+                continue
+            gradients = [p.grad for p in parameters]
+            for p in parameters:
+                if not self.state[p]:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+            buffers = [self.state[p]["momentum_buffer"] for p in parameters]
+            torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
+            updates = torch._foreach_lerp(gradients, buffers, group["momentum"])  # Nesterov's
+            if group["weight_decay"]:
+                torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+            for parameter, update in zip(parameters, updates, strict=True):
+                for matrix, its_update in zip(
+                    parameter.chunk(group["stacked"]), update.chunk(group["stacked"]), strict=True
+                ):
+                    shape = tuple(sorted(matrix.shape))
+                    by_shape.setdefault((*shape, group["ns_steps"]), []).append((matrix, its_update, group))
+        for (*_, ns_steps), members in by_shape.items():
+            wide = torch.stack([update if update.size(0) <= update.size(1) else update.mT for _, update, _ in members])
+            for (matrix, _, group), step in zip(members, newton_schulz(wide, ns_steps).to(wide.dtype), strict=True):
+                rows, columns = matrix.shape
+                rate = group["lr"] * math.sqrt(max(1, rows / columns))
+                matrix.add_(step if rows <= columns else step.mT, alpha=-rate)
+
+
+def newton_schulz(matrices: Tensor, steps: int) -> Tensor:
+    """Return matrices (N, R, C), R ≤ C, with their singular values brought near 1, in bfloat16.
+
+    Each step maps a singular value s to 3.4445 s − 4.775 s³ + 2.0315 s⁵, Keller Jordan's choice, steep near 0.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = matrices.bfloat16()
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x
