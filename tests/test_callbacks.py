@@ -196,3 +196,14 @@ def test_log_lines_reach_the_terminal_unwrapped(monkeypatch: pytest.MonkeyPatch,
         terminal.log.warning("look out")
         file.seek(0)
         assert file.read() == "a line [of] more than twenty characters\nwarning: look out\n"
+
+
+@pytest.mark.filterwarnings("ignore:.*")
+def test_mfu_is_operations_over_the_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(callbacks, "peak_flops", lambda device, precision: 1e9)
+    monkeypatch.setattr(Bigram, "flops_per_token", lambda self, seq_len: 1000 * seq_len, raising=False)
+    throughput = Throughput()
+    trainer = fit([throughput])
+    assert throughput.mfu == pytest.approx(throughput.tokens_per_sec * 1000 * next(iter(batches(1)))[0].shape[1] / 1e9)
+    assert float(trainer.callback_metrics["train/mfu"]) > 0
+    assert Throughput().mfu is None

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from language_model.gpt import GPT, Dropout, rotary_angles, rotate
@@ -225,3 +226,17 @@ def test_dropout_is_independent_and_reaches_the_gradient() -> None:
     first = Dropout(0.5)(x)
     torch.manual_seed(1)
     assert torch.equal(Dropout(0.5)(x), first)
+
+
+def test_operations_are_those_of_gpt_2() -> None:
+    """By hand for 124M: 12 blocks of 12 x 768² weights and the tied head, and attention's two products."""
+    with torch.device("meta"):
+        gpt2 = GPT(50257, 768, 12, 12, 3072, 1024)
+    weights = 12 * 12 * 768**2 + 50257 * 768
+    assert gpt2.flops_per_token(1024) == 6 * weights + 12 * 12 * 768 * 1024
+    # As counted by torch while it runs: forward and backward, attention in full.
+    small = GPT(11, 16, 2, 3, 24, 12, tie_embeddings=False, dropout=0.1)  # whose attention is made of plain products
+    tokens = torch.zeros(2, 12, dtype=torch.int64)
+    with FlopCounterMode(display=False) as counter:
+        small(tokens).sum().backward()
+    assert counter.get_total_flops() == small.flops_per_token(12) * 24

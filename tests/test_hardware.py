@@ -45,3 +45,26 @@ def test_devices_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert hardware.describe(torch.device("cuda", 1)) == "Card X (cuda:1)"
     assert hardware.describe(torch.device("cpu")).endswith(f"{torch.get_num_threads()} threads)")
     assert hardware.describe(torch.device("mps")) == "mps"
+
+
+@pytest.mark.parametrize(
+    ("name", "precision", "peak"),
+    [
+        ("NVIDIA H200", "bf16-mixed", 989.4e12),
+        ("NVIDIA H100 PCIe", "bf16-mixed", 756e12),
+        ("NVIDIA H100 80GB HBM3", "bf16-mixed", 989.4e12),
+        ("NVIDIA A100-SXM4-80GB", "bf16-true", 312e12),
+        ("NVIDIA A10G", "bf16-mixed", 70e12),
+        ("NVIDIA A10", "bf16-mixed", 125e12),
+        ("NVIDIA L40S", "bf16-mixed", 362e12),
+        ("NVIDIA L4", "bf16-mixed", 121e12),
+        ("NVIDIA H200", "32-true", None),
+        ("Card X", "bf16-mixed", None),
+    ],
+)
+def test_the_peak_is_that_of_the_device(
+    monkeypatch: pytest.MonkeyPatch, name: str, precision: str, peak: float | None
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert hardware.peak_flops(torch.device("cuda", 0), precision) == peak
+    assert hardware.peak_flops(torch.device("cpu"), precision) is None

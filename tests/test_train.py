@@ -278,7 +278,7 @@ def test_every_experiment_takes_steps(train, experiment: str) -> None:
     assert (tiny.folder / "exercise.png").exists() == experiment.startswith("exercise_")
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+@pytest.mark.parametrize("optimizer", ["adam", "sgd", "muon"])
 @pytest.mark.parametrize("schedule", ["constant", "warmup_linear"])
 def test_other_optimizers_and_schedules_learn(train, optimizer: str, schedule: str) -> None:
     learned = train(f"optimizer={optimizer}", f"schedule={schedule}", "optimizer.lr=0.01", "trainer.max_epochs=4")

@@ -9,8 +9,9 @@ The way of the data is one line, and these modules stand along it:
 `callbacks` and `dashboard` are what watches a run; `checkpoint` keeps what it can go on from; `config` is Hydra's
 side: it checks configs and builds from them; `run` is what a run leaves on disk, and `load` brings it back. `sweep` and
 `search` do many runs, `summary` says what they have come to, `plots` draws it, `compare` says which differences are
-real. Only `config`, `run`, `load`, `sweep`, `search` and the scripts know Hydra. `gpt`, `tokenizer`, `schedule`, `optim`
-and `generate` import nothing from the package, and `module` is handed the network, the optimizer and the schedule.
+real. Only `config`, `run`, `load`, `sweep`, `search` and the scripts know Hydra. `gpt`, `tokenizer`, `schedule`,
+`optim` and `generate` import nothing from the package, and `module` is handed the network, the optimizer and the
+schedule.
 """
 
 import sys

@@ -14,13 +14,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from language_model.config import JOB
 from language_model.generate import generate
+from language_model.hardware import peak_flops
 from language_model.terminal import log, terminal
 
 
 class Throughput(Callback):
     """Logs ``train/tokens_per_sec`` over the steps since the last time it was logged, and keeps the run's total.
 
-    The time counts from the start of a batch to the start of the next; validation is left out.
+    The time counts from the start of a batch to the start of the next; validation is left out. Where the network knows
+    its operations (``flops_per_token``) and the device's peak is known, ``train/mfu`` is the share of it that is used.
     """
 
     def __init__(self) -> None:
@@ -29,6 +31,7 @@ class Throughput(Callback):
         self._last = (0, 0.0)  # tokens and seconds at the last log
         self._since: float | None = None
         self._logged_step = 0
+        self._peak_tokens: float | None = None  # a second, if every operation counted
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run counts on from."""
@@ -44,6 +47,11 @@ class Throughput(Callback):
         """The mean over the run."""
         return self.tokens / self.seconds if self.seconds else 0.0
 
+    @property
+    def mfu(self) -> float | None:
+        """The mean over the run of the share of the devices' peak; None where that is not known."""
+        return self.tokens_per_sec / self._peak_tokens if self._peak_tokens else None
+
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Note where the run starts."""
         self._logged_step = trainer.global_step
@@ -51,6 +59,9 @@ class Throughput(Callback):
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Start the clock, unless it runs."""
         if self._since is None:
+            count = getattr(pl_module.network, "flops_per_token", None)
+            peak = peak_flops(trainer.strategy.root_device, trainer.precision)
+            self._peak_tokens = peak * trainer.world_size / count(batch[0].shape[1]) if count and peak else None
             self._since = time.perf_counter()
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -64,6 +75,8 @@ class Throughput(Callback):
             tokens, seconds = self.tokens - self._last[0], self.seconds - self._last[1]
             self._last = (self.tokens, self.seconds)
             pl_module.log("train/tokens_per_sec", tokens / seconds)
+            if self._peak_tokens:
+                pl_module.log("train/mfu", tokens / seconds / self._peak_tokens)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Stop the clock."""

@@ -120,6 +120,15 @@ class GPT(nn.Module):
             cache.length = end
         return self.head(self.norm(x))
 
+    def flops_per_token(self, seq_len: int) -> int:
+        """Return the operations of a training step for each token of sequences of `seq_len`: 6 N + 12 L C T.
+
+        N counts the weights that tokens are multiplied with (PaLM, arXiv:2204.02311, appendix B): all but embeddings
+        that are looked up, and vectors. Attention counts in full, though half of it is masked, as is usual.
+        """
+        matrices = [module.weight for module in self.modules() if isinstance(module, nn.Linear)]
+        return 6 * sum(weight.numel() for weight in matrices) + 12 * len(self.blocks) * self.head.in_features * seq_len
+
     def new_cache(self) -> "Cache":
         """Return an empty cache, for generating token by token."""
         return Cache(len(self.blocks))

@@ -1,6 +1,7 @@
 """What the machine is, and what that decides."""
 
 import platform
+import re
 
 import torch
 
@@ -26,6 +27,41 @@ def has_bf16_units(device: str) -> bool:
 def best_precision(device: str) -> str:
     """Return bf16-mixed where the hardware has units for it (float32 weights, same loss), else 32-true."""
     return "bf16-mixed" if has_bf16_units(device) else "32-true"
+
+
+# Dense bfloat16 operations a second, by a part of the device's name: the makers' data sheets, sparsity left out. The
+# first that fits counts.
+PEAK_BF16 = {
+    "GB200": 2.5e15,
+    "B200": 2.25e15,
+    "GH200": 989.4e12,
+    "H200": 989.4e12,
+    "H100 NVL": 835e12,
+    "H100 PCIe": 756e12,
+    "H100": 989.4e12,
+    "H800": 989.4e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "A40": 149.7e12,
+    "A30": 165e12,
+    "A10G": 70e12,
+    "A10": 125e12,
+    "L40S": 362e12,
+    "L40": 181e12,
+    "L4": 121e12,
+    "RTX 5090": 209.5e12,
+    "RTX 4090": 165.2e12,
+    "RTX 3090": 71e12,
+    "RTX A6000": 154.8e12,
+}
+
+
+def peak_flops(device: torch.device, precision: str) -> float | None:
+    """Return the most operations a second that a device can do in this precision; None where that is not known."""
+    if device.type != "cuda" or not precision.startswith("bf16"):
+        return None
+    words = torch.cuda.get_device_name(device)
+    return next((peak for name, peak in PEAK_BF16.items() if re.search(rf"\b{name}\b", words)), None)
 
 
 def describe(device: torch.device) -> str:

@@ -120,8 +120,8 @@ class Muon(torch.optim.AdamW):
                 continue
             gradients = [p.grad for p in parameters]
             for p in parameters:
-                if not self.state[p]:
-                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                if not self.state[p]:  # AdamW, loading a state, looks for a step in all of it
+                    self.state[p] = {"step": torch.zeros(()), "momentum_buffer": torch.zeros_like(p)}
             buffers = [self.state[p]["momentum_buffer"] for p in parameters]
             torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
             updates = torch._foreach_lerp(gradients, buffers, group["momentum"])  # Nesterov's

@@ -83,7 +83,7 @@ def collect(module: LanguageModel, trainer: L.Trainer, monitor: str) -> dict[str
             result |= {"monitor": monitor, "best": float(checkpoint.best_model_score)}
             result |= {"best_checkpoint": checkpoint.best_model_path}
     if (throughput := callbacks.get("Throughput")) is not None:
-        result |= {"tokens": throughput.tokens, "tokens_per_sec": throughput.tokens_per_sec}
+        result |= {"tokens": throughput.tokens, "tokens_per_sec": throughput.tokens_per_sec, "mfu": throughput.mfu}
     if (norms := callbacks.get("GradientNorm")) is not None:
         result |= norms.summary(module.grad_norm)
     if (stopping := callbacks.get("EarlyStopping")) is not None and stopping.stopping_reason_message:
@@ -128,6 +128,7 @@ def conclude(config: DictConfig, result: dict[str, Any]) -> None:
         log.info(f"best     {result['monitor']} {result['best']:.4f}, kept in {shown(Path(result['best_checkpoint']))}")
     log.info(f"final    {last or 'no epoch was finished'}; guessing is {result['guessing_loss']:.4f}")
     speed = f", {result['tokens_per_sec']:,.0f} tokens/s" if "tokens_per_sec" in result else ""
+    speed += f", {result['mfu']:.1%} of the device's peak" if result.get("mfu") else ""
     log.info(f"time     {result['seconds']:.1f} s for {result['steps']:,} steps{speed}")
     if "grad_norm_max" in result:
         clip = config.trainer.gradient_clip_val

@@ -256,14 +256,17 @@ def stopped_cleanly(folder: Path) -> Iterator[None]:
     def stop(signum: int, frame: Any) -> None:
         sys.exit(143)
 
-    before = signal.signal(signal.SIGTERM, stop)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs do not have
     try:
         yield
     except (KeyboardInterrupt, SystemExit) as stopped:
         log.warning(f"the sweep in {shown(folder)} was stopped; the same command goes on with it")
         sys.exit(stopped.code if isinstance(stopped, SystemExit) else 130)
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def do_job(config: DictConfig) -> None:
