@@ -36,7 +36,7 @@ def train(config: DictConfig) -> None:
 
     from language_model import report, run
     from language_model.checkpoint import rewind
-    from language_model.hardware import best_precision, device_type
+    from language_model.hardware import best_precision, device_type, has_compiler, worth_compiling
     from language_model.module import LanguageModel, NonFiniteError
     from language_model.schedule import steps_in_run
     from language_model.sweep import end_with_sweep
@@ -52,7 +52,7 @@ def train(config: DictConfig) -> None:
     L.seed_everything(config.seed, workers=True, verbose=False)
     folder = run.folder_for(config)
     config.folder = str(folder)
-    before = run.earlier(folder)
+    before, is_new = run.earlier(folder), not folder.exists()
     data = build(config, "data")
     config.vocab_size = config.vocab_size or data.tokenizer.vocab_size
     if config.vocab_size < data.tokenizer.vocab_size:
@@ -83,7 +83,12 @@ def train(config: DictConfig) -> None:
         raise ConfigError(
             "total_steps: the schedule needs an end; set trainer.max_epochs, trainer.max_steps or total_steps"
         )
-    module = LanguageModel(network, build(config, "optimizer"), build(config, "schedule"), data.tokenizer)
+    if config.compile is None:
+        config.compile = worth_compiling(device_type(config.trainer.accelerator), steps)
+    if config.compile and device_type(config.trainer.accelerator) == "cpu" and not has_compiler():
+        raise ConfigError("compile=true: on a CPU this needs a C++ compiler; install g++ or clang, or set it to false")
+    how = build(config, "optimizer"), build(config, "schedule")
+    module = LanguageModel(network, *how, data.tokenizer, compiled=config.compile)
     with blamed_on("schedule"):
         module.schedule(0)
     with blamed_on("optimizer"):
@@ -108,8 +113,8 @@ def train(config: DictConfig) -> None:
         untrained_loss = report.announce(config, data, module, trainer, steps)
         if before is not None:
             log.info(f"goes on  from {run.shown(before.checkpoint)}")
-            if trainer.is_global_zero:
-                rewind(trainer, run.read(before.checkpoint).get("logs", {}))
+        if trainer.is_global_zero and not is_new:
+            rewind(trainer, folder, run.read(before.checkpoint).get("logs", {}) if before else {})
         result: dict[str, Any] = {
             "status": "failed",
             "guessing_loss": math.log(data.tokenizer.vocab_size),

@@ -12,6 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from omegaconf import DictConfig, OmegaConf
+
+from language_model import plots, run, sweep
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -98,3 +101,63 @@ def train(
         return Run(folder, capsys.readouterr().out) if name else None
 
     return start
+
+
+Sweep = Callable[..., str]
+
+
+class Jobs:
+    """Made-up runs: what each comes to is a function of its config."""
+
+    def __init__(self) -> None:
+        self.done: list[str] = []
+        self.outcome: Callable[[DictConfig], float | str] = lambda config: config.optimizer.lr
+        self.config: DictConfig
+
+    def do_job(self, config: DictConfig) -> None:
+        self.config = config
+        real_do_job(config)
+
+    def alone(self, folder: Path, label: str, environment: dict[str, str]) -> str | None:
+        self.done.append(folder.name)
+        OmegaConf.save(self.config, folder / "config.yaml", resolve=True)
+        came_to = self.outcome(self.config)
+        result = {"steps": 10, "seconds": 2.0, "monitor": "train/loss_epoch", "best": came_to, "metrics": {}}
+        if isinstance(came_to, str):
+            result = {"status": "failed", "error": came_to}
+        run.save_result(folder, {"status": "finished"} | result)
+        return came_to if isinstance(came_to, str) else None
+
+
+real_do_job = sweep.do_job
+
+
+@pytest.fixture
+def jobs(monkeypatch: pytest.MonkeyPatch) -> Jobs:
+    made_up = Jobs()
+    monkeypatch.setattr(sweep, "do_job", made_up.do_job)
+    monkeypatch.setattr(sweep, "alone", made_up.alone)
+    monkeypatch.setattr(plots, "sweep", lambda groups, file: None)  # takes half a second
+    return made_up
+
+
+@pytest.fixture
+def multirun(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path) -> Sweep:
+    """Run scripts/train.py -m in this process; return what it says."""
+
+    def start(*overrides: str) -> str:
+        monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+        monkeypatch.setattr(sys, "argv", ["train.py", "-m", f"hydra.sweep.dir={tmp_path / 'sweep'}", *overrides])
+        runpy.run_path(str(ROOT / "scripts" / "train.py"), run_name="__main__")
+        return capsys.readouterr().out
+
+    return start
+
+
+def refused_sweep(multirun: Sweep, *overrides: str) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        multirun(*overrides)
+    message = str(stopped.value)
+    assert message.startswith("error: ")
+    assert "\n" not in message
+    return message

@@ -159,7 +159,7 @@ def main(count: int, seed: int, folder: Path) -> int:
         run = folder / "killed"
         shutil.rmtree(run, ignore_errors=True)
         run.with_suffix(".log").unlink(missing_ok=True)
-        kills = []
+        kills = [] if i else [("fsync", 1, signal.SIGKILL)]  # once for sure: metrics are on disk, no checkpoint is
         for _ in range(generator.choice([1, 1, 2])):
             place = generator.choice(PLACES)
             most = {"training_step": 90, "configure_gradient_clipping": 25, "on_train_batch_end": 90}.get(place, 12)

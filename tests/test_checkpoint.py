@@ -79,7 +79,8 @@ def test_metrics_files_are_cut_to_what_they_were(tmp_path: Path) -> None:
     for logger in trainer.loggers:
         logger.finalize("failed")
     trainer = loggers(killed)
-    rewind(trainer, length)
+    rewind(trainer, tmp_path / "another", {})
+    rewind(trainer, killed, length)
     log(trainer, 5, 9, accuracy=0.25)
     for logger in trainer.loggers:
         logger.finalize("success")

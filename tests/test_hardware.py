@@ -68,3 +68,11 @@ def test_the_peak_is_that_of_the_device(
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     assert hardware.peak_flops(torch.device("cuda", 0), precision) == peak
     assert hardware.peak_flops(torch.device("cpu"), precision) is None
+
+
+@pytest.mark.parametrize(
+    ("device", "steps", "worth"),
+    [("cuda", 1000, True), ("cuda", None, True), ("cuda", 999, False), ("cpu", 10**6, False)],
+)
+def test_compiling_is_worth_it_on_long_runs_on_gpus(device: str, steps: int | None, worth: bool) -> None:
+    assert hardware.worth_compiling(device, steps) == worth

@@ -6,10 +6,10 @@ from types import SimpleNamespace
 
 import optuna
 import pytest
+from conftest import Jobs, Sweep, refused_sweep
 from filelock import FileLock
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
-from test_sweep import Jobs, Sweep, jobs, multirun, refused  # noqa: F401  # fixtures
 
 from language_model import run, summary
 from language_model.search import Pruning, ends, open_study, space
@@ -40,7 +40,7 @@ def test_spaces_are_declared_in_hydras_words(override: str, distribution, ends_o
     assert ends(found) == ends_of_it
 
 
-def test_a_search_finds_what_is_good(multirun: Sweep, jobs: Jobs, tmp_path: Path) -> None:  # noqa: F811
+def test_a_search_finds_what_is_good(multirun: Sweep, jobs: Jobs, tmp_path: Path) -> None:
     jobs.outcome = lambda config: abs(config.optimizer.lr - 0.01) + (config.model.position == "learned")
     said = multirun(*SEARCH, "hydra.sweeper.n_trials=15", "model.position=choice(learned,rotary)", "seed=3")
     assert len(jobs.done) == 15
@@ -52,7 +52,7 @@ def test_a_search_finds_what_is_good(multirun: Sweep, jobs: Jobs, tmp_path: Path
     assert f"optimizer.lr={rows[0].values['optimizer.lr']}" in summary.command(rows[0])  # all its digits
 
 
-def test_a_search_goes_on_as_if_it_had_not_stopped(multirun: Sweep, jobs: Jobs, tmp_path: Path) -> None:  # noqa: F811
+def test_a_search_goes_on_as_if_it_had_not_stopped(multirun: Sweep, jobs: Jobs, tmp_path: Path) -> None:
     multirun(*SEARCH)
     whole = [trial.params for trial in study_of(tmp_path).trials]
     jobs.done.clear()
@@ -80,7 +80,7 @@ def test_a_search_goes_on_as_if_it_had_not_stopped(multirun: Sweep, jobs: Jobs, 
     assert all(trial.state.name == "COMPLETE" for trial in study.trials)
 
 
-def test_a_trial_that_another_process_has_is_left_to_it(multirun: Sweep, jobs: Jobs, tmp_path: Path) -> None:  # noqa: F811
+def test_a_trial_that_another_process_has_is_left_to_it(multirun: Sweep, jobs: Jobs, tmp_path: Path) -> None:
     multirun(*SEARCH, "hydra.sweeper.n_trials=2")
     study = study_of(tmp_path)
     theirs = study.ask({"optimizer.lr": FloatDistribution(1e-4, 1e-1, log=True)}).number
@@ -90,13 +90,13 @@ def test_a_trial_that_another_process_has_is_left_to_it(multirun: Sweep, jobs: J
     assert jobs.done == ["trial-0003"]  # theirs counts, too
 
 
-def test_what_fails_is_told(multirun: Sweep, jobs: Jobs, tmp_path: Path) -> None:  # noqa: F811
+def test_what_fails_is_told(multirun: Sweep, jobs: Jobs, tmp_path: Path) -> None:
     def outcome(config) -> float | str:
         which = len(jobs.done)
         return {2: "OSError: no space left on device", 3: "NonFiniteError: the gradient of step 7"}.get(which, 1.0)
 
     jobs.outcome = outcome
-    message = refused(multirun, *SEARCH)
+    message = refused_sweep(multirun, *SEARCH)
     assert "1 of 5 jobs did not finish" in message
     assert [trial.state.name for trial in study_of(tmp_path).trials] == [
         "COMPLETE", "FAIL", "PRUNED", "COMPLETE", "COMPLETE", "COMPLETE",
@@ -117,15 +117,15 @@ def test_what_fails_is_told(multirun: Sweep, jobs: Jobs, tmp_path: Path) -> None
     ],
 )
 def test_what_is_wrong_is_found_before_the_first_trial(
-    multirun: Sweep, jobs: Jobs, tmp_path: Path, overrides: list[str], found: str  # noqa: F811
+    multirun: Sweep, jobs: Jobs, tmp_path: Path, overrides: list[str], found: str
 ) -> None:  # fmt: skip
-    assert found in refused(multirun, *overrides)
+    assert found in refused_sweep(multirun, *overrides)
     assert jobs.done == []
 
 
-def test_another_space_under_the_same_name_is_refused(multirun: Sweep, jobs: Jobs) -> None:  # noqa: F811
+def test_another_space_under_the_same_name_is_refused(multirun: Sweep, jobs: Jobs) -> None:
     multirun(*SEARCH, "hydra.sweeper.n_trials=1")
-    assert "is another sweep: optimizer.lr=" in refused(multirun, *SEARCH, "optimizer.lr=interval(0.1,1.0)")
+    assert "is another sweep: optimizer.lr=" in refused_sweep(multirun, *SEARCH, "optimizer.lr=interval(0.1,1.0)")
 
 
 def test_a_trial_that_is_hopeless_is_stopped(tmp_path: Path) -> None:

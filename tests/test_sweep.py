@@ -4,78 +4,16 @@ import csv
 import json
 import os
 import random
-import runpy
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TINY, Run, Script
-from omegaconf import DictConfig, OmegaConf
+from conftest import ROOT, TINY, Jobs, Run, Script, Sweep, refused_sweep
 
-from language_model import plots, run, summary, sweep
-
-Sweep = Callable[..., str]
-
-
-class Jobs:
-    """Made-up runs: what each comes to is a function of its config."""
-
-    def __init__(self) -> None:
-        self.done: list[str] = []
-        self.outcome: Callable[[DictConfig], float | str] = lambda config: config.optimizer.lr
-        self.config: DictConfig
-
-    def do_job(self, config: DictConfig) -> None:
-        self.config = config
-        real_do_job(config)
-
-    def alone(self, folder: Path, label: str, environment: dict[str, str]) -> str | None:
-        self.done.append(folder.name)
-        OmegaConf.save(self.config, folder / "config.yaml", resolve=True)
-        came_to = self.outcome(self.config)
-        result = {"steps": 10, "seconds": 2.0, "monitor": "train/loss_epoch", "best": came_to, "metrics": {}}
-        if isinstance(came_to, str):
-            result = {"status": "failed", "error": came_to}
-        run.save_result(folder, {"status": "finished"} | result)
-        return came_to if isinstance(came_to, str) else None
-
-
-real_do_job = sweep.do_job
-
-
-@pytest.fixture
-def jobs(monkeypatch: pytest.MonkeyPatch) -> Jobs:
-    made_up = Jobs()
-    monkeypatch.setattr(sweep, "do_job", made_up.do_job)
-    monkeypatch.setattr(sweep, "alone", made_up.alone)
-    monkeypatch.setattr(plots, "sweep", lambda groups, file: None)  # takes half a second
-    return made_up
-
-
-@pytest.fixture
-def multirun(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path) -> Sweep:
-    """Run scripts/train.py -m in this process; return what it says."""
-
-    def start(*overrides: str) -> str:
-        monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
-        monkeypatch.setattr(sys, "argv", ["train.py", "-m", f"hydra.sweep.dir={tmp_path / 'sweep'}", *overrides])
-        runpy.run_path(str(ROOT / "scripts" / "train.py"), run_name="__main__")
-        return capsys.readouterr().out
-
-    return start
-
-
-def refused(multirun: Sweep, *overrides: str) -> str:
-    with pytest.raises(SystemExit) as stopped:
-        multirun(*overrides)
-    message = str(stopped.value)
-    assert message.startswith("error: ")
-    assert "\n" not in message
-    return message
+from language_model import summary, sweep
 
 
 def test_a_sweep_does_every_combination_and_sums_it_up(multirun: Sweep, jobs: Jobs, tmp_path: Path) -> None:
@@ -101,7 +39,7 @@ def test_a_sweep_does_every_combination_and_sums_it_up(multirun: Sweep, jobs: Jo
 
 def test_a_sweep_typed_again_does_what_is_left(multirun: Sweep, jobs: Jobs) -> None:
     jobs.outcome = lambda config: "out of memory" if config.seed == 2 else float(config.seed)
-    message = refused(multirun, "optimizer.lr=1e-2", "seed=1,2,3")
+    message = refused_sweep(multirun, "optimizer.lr=1e-2", "seed=1,2,3")
     assert message == "error: 1 of 3 jobs did not finish; the same command tries them again"
     assert jobs.done == ["seed=1", "seed=2", "seed=3"]  # one that fails stops no other
     jobs.done.clear()
@@ -121,7 +59,7 @@ def test_a_sweep_typed_again_does_what_is_left(multirun: Sweep, jobs: Jobs) -> N
 
 def test_the_failures_are_told_with_their_reasons(multirun: Sweep, jobs: Jobs, tmp_path: Path) -> None:
     jobs.outcome = lambda config: "out of memory" if config.seed < 3 else 1.0
-    refused(multirun, "seed=1,2,3")
+    refused_sweep(multirun, "seed=1,2,3")
     page = (tmp_path / "sweep" / "summary.md").read_text()
     assert "1 of 3 jobs finished." in page
     assert "- `seed=1`: out of memory" in page
@@ -142,7 +80,7 @@ def test_another_sweep_under_the_same_name_is_refused(multirun: Sweep, jobs: Job
         (["optimizer.lr=1e-2,2e-2", "seed=1", "model=nano"], "model=(not set) then, nano now"),
         (["seed=1,2"], "optimizer.lr=0.01,0.02 then, (not set) now"),
     ):
-        assert found in refused(multirun, *overrides)
+        assert found in refused_sweep(multirun, *overrides)
     assert jobs.done == []
     assert before == {file: file.read_bytes() for file in (tmp_path / "sweep").rglob("*") if file.is_file()}
 
@@ -151,7 +89,7 @@ def test_a_finished_job_whose_settings_have_changed_is_refused(multirun: Sweep, 
     multirun("seed=1,2")
     file = tmp_path / "sweep" / "seed=1" / "config.yaml"
     file.write_text(file.read_text().replace("d_model: 64", "d_model: 32"))  # as if conf/ had been edited since
-    assert "was trained with other settings: model.d_model=32 then, 64 now" in refused(multirun, "seed=1,2")
+    assert "was trained with other settings: model.d_model=32 then, 64 now" in refused_sweep(multirun, "seed=1,2")
 
 
 @pytest.mark.parametrize(
@@ -175,7 +113,7 @@ def test_a_finished_job_whose_settings_have_changed_is_refused(multirun: Sweep, 
 def test_what_is_wrong_is_found_before_the_first_job(
     multirun: Sweep, jobs: Jobs, tmp_path: Path, overrides: list[str], found: str
 ) -> None:
-    assert found in refused(multirun, *overrides)
+    assert found in refused_sweep(multirun, *overrides)
     assert jobs.done == []
     assert not (tmp_path / "sweep").exists()
 
@@ -191,7 +129,7 @@ def test_the_picture(multirun: Sweep, jobs: Jobs, tmp_path: Path, monkeypatch: p
 
 def test_a_folder_that_is_no_sweep_is_refused(multirun: Sweep, jobs: Jobs, tmp_path: Path) -> None:
     (tmp_path / "sweep").mkdir()
-    assert "is there already, and is no sweep" in refused(multirun, "seed=1,2")
+    assert "is there already, and is no sweep" in refused_sweep(multirun, "seed=1,2")
     assert list((tmp_path / "sweep").iterdir()) == []
 
 

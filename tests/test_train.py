@@ -270,10 +270,46 @@ def test_a_run_that_is_stopped_early_goes_back_to_its_best_weights(train) -> Non
     assert ended.result["sample"] == Sample(max_new_tokens=8).speak(loaded.network, loaded.tokenizer, opening)
 
 
+def test_only_training_is_compiled(train, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[bool] = []
+
+    def compiled(forward):
+        def run(tokens):
+            seen.append(forward.__self__.training)
+            return forward(tokens)
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    tiny = train("compile=true")
+    assert seen == [True] * 16
+    assert ", compiled" in tiny.output
+    assert train("compile=false", name="eager").losses == tiny.losses
+
+
+def test_compiling_without_a_compiler_is_refused(train, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    assert "compile=true: on a CPU this needs a C++ compiler" in refused(train, "compile=true")
+
+
+@pytest.mark.slow
+def test_a_compiled_run_resumes_to_the_same_bits(train) -> None:
+    whole = train("compile=true", "model.dropout=0.1", name="whole")
+    eager = train("compile=false", "model.dropout=0.1", name="eager")
+    assert whole.losses == pytest.approx(eager.losses, rel=0.02)
+    train("compile=true", "model.dropout=0.1", "trainer.max_epochs=1", "total_steps=16", name="parts")
+    parts = train("compile=true", "model.dropout=0.1", "trainer.max_epochs=2", "total_steps=16", name="parts")
+    assert parts.losses == whole.losses
+    ours, theirs = parts.checkpoint("last")["state_dict"], whole.checkpoint("last")["state_dict"]
+    assert ours.keys() == theirs.keys() == eager.checkpoint("last")["state_dict"].keys()
+    assert all(ours[name].equal(theirs[name]) for name in ours)
+
+
 @pytest.mark.parametrize("experiment", sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml")))
 def test_every_experiment_takes_steps(train, experiment: str) -> None:
     corpus = f"data.path={ROOT / 'src' / 'language_model' / 'sonnets.txt'}"
-    tiny = train(f"experiment={experiment}", corpus, "trainer.max_steps=4", "hydra.mode=RUN")
+    tiny = train(f"experiment={experiment}", corpus, "trainer.max_steps=4", "hydra.mode=RUN", "compile=false")
     assert tiny.result["status"] == "finished"
     assert (tiny.folder / "exercise.png").exists() == experiment.startswith("exercise_")
 
@@ -428,7 +464,7 @@ def test_a_signal_stops_a_run_with_its_status_and_a_checkpoint(tmp_path: Path, s
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks a process for each run")
-@pytest.mark.parametrize("count", [4, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [2, pytest.param(20, marks=pytest.mark.slow)])
 def test_killed_and_resumed_runs_come_to_the_same_bits(count: int, tmp_path: Path) -> None:
     """SIGKILL, SIGTERM and Ctrl-C at many moments, within saves too; see kills.py."""
     script = [sys.executable, str(ROOT / "tests" / "kills.py"), str(count)]

@@ -210,9 +210,14 @@ def lengths(trainer: L.Trainer) -> dict[str, int]:
     return found
 
 
-def rewind(trainer: L.Trainer, length: dict[str, int]) -> None:
-    """Cut the metrics files to what they were at a checkpoint, so that a resumed run writes each point once."""
+def rewind(trainer: L.Trainer, folder: Path, length: dict[str, int]) -> None:
+    """Cut the metrics files to what they were at a checkpoint, so that a resumed run writes each point once.
+
+    Files outside the run's folder, which other runs may write to as well, stay as they are.
+    """
     for logger in trainer.loggers:
+        if not Path(logger.log_dir or "").resolve().is_relative_to(folder):
+            continue
         if isinstance(logger, TensorBoardLogger):
             for file in Path(logger.log_dir).glob("*"):
                 if file.name in length:

@@ -53,6 +53,7 @@ SETTINGS: dict[str, Any] = {
     "vocab_size": PositiveInt | None,
     "total_steps": PositiveInt | None,
     "monitor": str | None,
+    "compile": bool | None,
     "exercise": None,  # or a node, which is checked as one
 }
 

@@ -1,7 +1,9 @@
 """What the machine is, and what that decides."""
 
+import os
 import platform
 import re
+import shutil
 
 import torch
 
@@ -27,6 +29,16 @@ def has_bf16_units(device: str) -> bool:
 def best_precision(device: str) -> str:
     """Return bf16-mixed where the hardware has units for it (float32 weights, same loss), else 32-true."""
     return "bf16-mixed" if has_bf16_units(device) else "32-true"
+
+
+def has_compiler() -> bool:
+    """Whether there is a C++ compiler, which torch.compile wants for a CPU."""
+    return any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "clang++", "cl"))
+
+
+def worth_compiling(device: str, steps: int | None) -> bool:
+    """Whether compiling repays: on GPUs, for runs that are long enough; a CPU takes half a minute for it."""
+    return device == "cuda" and (steps is None or steps >= 1000)
 
 
 # Dense bfloat16 operations a second, by a part of the device's name: the makers' data sheets, sparsity left out. The

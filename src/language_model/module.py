@@ -33,6 +33,8 @@ class LanguageModel(L.LightningModule):
         optimizer: named parameters -> optimizer.
         schedule: step -> learning rate; the rate of every parameter group follows its course.
         tokenizer: that made the tokens; its fingerprint goes into checkpoints.
+        compiled: whether the network is compiled for training, which has batches of one shape; validation and samples,
+            which have not, go through it as it is.
     """
 
     def __init__(
@@ -41,9 +43,11 @@ class LanguageModel(L.LightningModule):
         optimizer: Callable[[Iterable[tuple[str, nn.Parameter]]], Optimizer],
         schedule: Callable[[int], float],
         tokenizer: Tokenizer,
+        compiled: bool = False,
     ) -> None:
         super().__init__()
         self.network = network
+        self._compiled = torch.compile(network.forward) if compiled else None
         self.tokenizer = tokenizer
         self.token_bytes: Tensor | None
         sizes = None if tokenizer.token_bytes is None else torch.from_numpy(tokenizer.token_bytes)
@@ -61,7 +65,7 @@ class LanguageModel(L.LightningModule):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(B, T) int64 -> logits (B, T, V)."""
-        return self.network(tokens)
+        return self._compiled(tokens) if self._compiled and self.training else self.network(tokens)
 
     def loss(self, batch: Batch) -> Tensor:
         """Return the mean cross-entropy of a batch, in nats a token."""

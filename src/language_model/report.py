@@ -54,7 +54,7 @@ def announce(
         "corpus": f"{data.name}: {data.num_train_tokens:,} tokens{split}, vocabulary {data.tokenizer.vocab_size:,}",
         "windows": f"{data.order().num_windows:,} of {data.seq_len} tokens, stride {data.stride}",
         "steps": f"{batches:,} batches an epoch, {total}{epochs}, {tokens:,} tokens a step",
-        "model": f"{parameters:,} parameters",
+        "model": f"{parameters:,} parameters{', compiled' if config.compile else ''}",
         "loss": f"guessing ln {data.tokenizer.vocab_size} = {guessing:.4f}, untrained {untrained:.4f}",
         "folder": shown(Path(config.folder)),
     }
