@@ -294,6 +294,7 @@ def test_compiling_without_a_compiler_is_refused(train, monkeypatch: pytest.Monk
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
 def test_a_compiled_run_resumes_to_the_same_bits(train) -> None:
     whole = train("compile=true", "model.dropout=0.1", name="whole")
     eager = train("compile=false", "model.dropout=0.1", name="eager")

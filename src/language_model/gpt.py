@@ -279,7 +279,7 @@ class Dropout(nn.Dropout):
         if not self.training or self.p == 0 or x.device.type != "cpu":
             return super().forward(x)
         dropped = min(max(1, round(self.p * 256)), 255)  # of the 256 equally likely values of a byte
-        bits = torch.empty(-(-x.numel() // 8), dtype=torch.int64).random_(-(2**63), None).view(torch.int8)
+        bits = torch.randint(-(2**63), 2**63 - 1, (-(-x.numel() // 8),)).view(torch.int8)
         keep = bits[: x.numel()].view(x.shape) >= dropped - 128
         return x * keep.to(x.dtype).mul_(256 / (256 - dropped))
 
