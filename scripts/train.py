@@ -34,9 +34,8 @@ def train(config: DictConfig) -> None:
     import lightning as L  # here, so that --help and an unknown key need not wait for it
     from lightning.pytorch.callbacks import Checkpoint
 
-    from language_model import report, run
+    from language_model import hardware, report, run
     from language_model.checkpoint import rewind
-    from language_model.hardware import best_precision, device_type, has_compiler, worth_compiling
     from language_model.module import LanguageModel, NonFiniteError
     from language_model.schedule import steps_in_run
     from language_model.sweep import end_with_sweep
@@ -57,10 +56,15 @@ def train(config: DictConfig) -> None:
     config.vocab_size = config.vocab_size or data.tokenizer.vocab_size
     if config.vocab_size < data.tokenizer.vocab_size:
         raise ConfigError(f"vocab_size={config.vocab_size}: the tokenizer has {data.tokenizer.vocab_size} tokens")
-    network = build(config, "model")
-    config.trainer.precision = config.trainer.precision or best_precision(device_type(config.trainer.accelerator))
-    if config.trainer.precision == "16-mixed" and config.optimizer.get("fused"):
+    device = hardware.device_type(config.trainer.accelerator)
+    config.trainer.precision = precision = config.trainer.precision or hardware.best_precision(device)
+    if config.model.get("attention", "") is None:
+        config.model.attention = hardware.best_attention(device, precision, config.model.dropout)
+    if config.optimizer.get("fused", False) is None:
+        config.optimizer.fused = hardware.can_fuse_optimizer(device, precision)
+    if precision == "16-mixed" and config.optimizer.get("fused"):
         raise ConfigError("optimizer.fused=true: does not go with trainer.precision=16-mixed; set it to false")
+    network = build(config, "model")
     validates = data.has_validation and config.trainer.limit_val_batches != 0
     monitored = ["val/loss", "val/perplexity", "val/bits_per_byte", "train/loss_epoch"][0 if validates else 3 :]
     config.monitor = config.monitor or monitored[0]
@@ -84,8 +88,10 @@ def train(config: DictConfig) -> None:
             "total_steps: the schedule needs an end; set trainer.max_epochs, trainer.max_steps or total_steps"
         )
     if config.compile is None:
-        config.compile = worth_compiling(device_type(config.trainer.accelerator), steps)
-    if config.compile and device_type(config.trainer.accelerator) == "cpu" and not has_compiler():
+        config.compile = hasattr(network, "compile_for_training") and hardware.worth_compiling(device, steps)
+    if config.compile and not hasattr(network, "compile_for_training"):
+        raise ConfigError(f"compile=true: {config.model._target_} has no compile_for_training; set it to false")
+    if config.compile and device == "cpu" and not hardware.has_compiler():
         raise ConfigError("compile=true: on a CPU this needs a C++ compiler; install g++ or clang, or set it to false")
     how = build(config, "optimizer"), build(config, "schedule")
     module = LanguageModel(network, *how, data.tokenizer, compiled=config.compile)

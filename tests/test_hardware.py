@@ -76,3 +76,18 @@ def test_the_peak_is_that_of_the_device(
 )
 def test_compiling_is_worth_it_on_long_runs_on_gpus(device: str, steps: int | None, worth: bool) -> None:
     assert hardware.worth_compiling(device, steps) == worth
+
+
+@pytest.mark.parametrize(
+    ("device", "precision", "dropout", "attention"),
+    [("cpu", "bf16-mixed", 0.0, "plain"), ("cpu", "32-true", 0.1, "plain"), ("cpu", "32-true", 0.0, "fused"),
+     ("cuda", "bf16-mixed", 0.1, "fused"), ("cuda", "32-true", 0.0, "fused")],
+)  # fmt: skip
+def test_plain_attention_is_for_cpus(device: str, precision: str, dropout: float, attention: str) -> None:
+    assert hardware.best_attention(device, precision, dropout) == attention
+
+
+def test_float16s_gradients_are_not_for_a_fused_optimizer() -> None:
+    assert hardware.can_fuse_optimizer("cuda", "bf16-mixed")
+    assert not hardware.can_fuse_optimizer("cuda", "16-mixed")
+    assert not hardware.can_fuse_optimizer("tpu", "bf16-mixed")

@@ -9,8 +9,9 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from language_model.module import LanguageModel
-from language_model.optim import adamw
+import language_model.module
+from language_model.module import LanguageModel, NonFiniteError
+from language_model.optim import adamw, muon
 from language_model.schedule import constant, warmup_cosine
 from language_model.tokenizer import CharTokenizer, IdTokenizer
 from language_model.windows import IGNORED
@@ -50,10 +51,20 @@ def loader(some: list) -> DataLoader:
     return DataLoader(some, batch_size=None)
 
 
-def fit(tmp_path, network: nn.Module, train: list, val=None, lr=0.1, schedule=None, tokenizer=ABCDE, **trainer):
+def fit(
+    tmp_path,
+    network: nn.Module,
+    train: list,
+    val=None,
+    lr=0.1,
+    schedule=None,
+    tokenizer=ABCDE,
+    optimizer=None,
+    **trainer,
+):
     recorder = Recorder()
     schedule = schedule or partial(constant, lr=lr)
-    module = LanguageModel(network, partial(adamw, lr=lr, weight_decay=0.01), schedule, tokenizer)
+    module = LanguageModel(network, optimizer or partial(adamw, lr=lr, weight_decay=0.01), schedule, tokenizer)
     logger = CSVLogger(tmp_path, name="", version="")
     trainer = L.Trainer(
         **{"max_epochs": 1, "accelerator": "cpu", "log_every_n_steps": 1, "gradient_clip_val": 1.0} | trainer,
@@ -190,3 +201,27 @@ def test_no_bits_per_byte_where_tokens_have_no_text(tmp_path) -> None:
     assert "val/loss" in trainer.callback_metrics
     assert "val/bits_per_byte" not in trainer.callback_metrics
     assert "token_bytes" not in module.state_dict()
+
+
+@pytest.mark.filterwarnings("ignore:.*")
+@pytest.mark.parametrize(
+    "optimizer", [partial(adamw, lr=0.1, fused=True), partial(muon, lr=0.1, not_muon=(), fused=True)]
+)
+@pytest.mark.parametrize("bad", [2, 5])
+def test_where_a_device_works_on_a_bad_step_is_left_out_and_told_later(
+    tmp_path, monkeypatch: pytest.MonkeyPatch, optimizer, bad: int
+) -> None:
+    """As on a GPU: the weights stay as they were before that step, and it is named, also if it was the last one."""
+    monkeypatch.setattr(language_model.module, "is_asynchronous", lambda device: True)
+    weights = []
+
+    class Explodes(Bigram):
+        def forward(self, tokens):
+            weights.append(self.table.weight.detach().clone())
+            return super().forward(tokens) * (math.inf if len(weights) == bad + 1 else 1.0)
+
+    network = Explodes()
+    with pytest.raises(NonFiniteError, match=f"the gradient of step {bad} is not finite"):
+        fit(tmp_path, network, batches(6), optimizer=optimizer, gradient_clip_val=1.0)
+    assert not weights[bad].equal(weights[bad - 1])
+    assert network.table.weight.equal(weights[bad])

@@ -17,6 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from language_model import run
 from language_model.callbacks import Sample
+from language_model.gpt import GPT
 from language_model.load import load_run
 
 
@@ -271,20 +272,33 @@ def test_a_run_that_is_stopped_early_goes_back_to_its_best_weights(train) -> Non
 
 
 def test_only_training_is_compiled(train, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[bool] = []
+    seen: list[str] = []
 
-    def compiled(forward):
-        def run(tokens):
-            seen.append(forward.__self__.training)
-            return forward(tokens)
-
-        return run
+    def compiled(function, **options):
+        return lambda *inputs, **more: (seen.append(function.__name__), function(*inputs, **more))[1]
 
     monkeypatch.setattr(torch, "compile", compiled)
-    tiny = train("compile=true")
-    assert seen == [True] * 16
+    tiny = train("compile=true", "data.val_fraction=0.1", "model.n_layers=2")
+    assert seen == ["train", "train", "cross_entropy"] * 16  # both blocks and the loss, in each of the steps
     assert ", compiled" in tiny.output
-    assert train("compile=false", name="eager").losses == tiny.losses
+    assert train("data.val_fraction=0.1", "model.n_layers=2", name="eager").losses == tiny.losses
+
+
+def test_how_the_arithmetic_is_done_is_said_and_can_be_overridden(train) -> None:
+    overrides = ["trainer.precision=32-true", "model.dropout=0"]
+    assert "precision 32-true, attention fused, optimizer fused, not compiled\n" in train(*overrides).output
+    overrides += ["model.attention=plain", "optimizer.fused=false"]
+    assert (
+        "precision 32-true, attention plain, optimizer not fused, not compiled\n"
+        in train(*overrides, name="other").output
+    )
+    assert "attention plain" in train("trainer.precision=bf16-mixed", "model.dropout=0", name="bf16").output
+
+
+def test_a_network_that_cannot_be_compiled_says_so(train, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(GPT, "compile_for_training")
+    says = "error: compile=true: language_model.gpt.GPT has no compile_for_training; set it to false"
+    assert refused(train, "compile=true") == says
 
 
 def test_compiling_without_a_compiler_is_refused(train, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -388,7 +402,8 @@ def test_fast_dev_run_and_switched_off_parts(train) -> None:
         (["vocab_size=42"], "vocab_size=42: the tokenizer has 43 tokens"),
         (["optimizer=sgd", "optimizer.momentum=-1"], "optimizer: Invalid momentum value: -1"),
         (["trainer.max_time=soon"], "trainer: `Timer(duration='soon')` is not a valid duration"),
-        (["trainer.precision=16-mixed"], "optimizer.fused=true"),
+        (["trainer.precision=16-mixed", "optimizer.fused=true"], "optimizer.fused=true"),
+        (["model.attention=flash"], 'model.attention="flash": input should be'),
     ],
 )  # fmt: skip
 def test_what_cannot_work_leaves_nothing_behind(train, tmp_path: Path, overrides: list[str], says: str) -> None:

@@ -14,7 +14,8 @@ Shapes: B batch, T time, C channels (d_model), H heads, D head size (C / H), V v
 """
 
 import math
-from typing import Annotated, Literal
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +36,7 @@ class GPT(nn.Module):
         d_ff: hidden width of the feed-forward layer (of each half of it for swiglu).
         max_seq_len: longest sequence T, in tokens.
         dropout: probability of dropping a value, after the embedding, in attention, and at each block's two outputs.
+        attention: ``plain``, as it is written, or ``fused``, torch's kernels; None for fused.
 
     Raises:
         ValueError: n_heads does not divide d_model, or rotary positions meet an odd head size.
@@ -56,6 +58,7 @@ class GPT(nn.Module):
         bias: bool = True,
         tie_embeddings: bool = True,
         zero_init: bool = False,
+        attention: Literal["plain", "fused"] | None = None,
     ) -> None:
         super().__init__()
         if d_model % n_heads:
@@ -64,13 +67,14 @@ class GPT(nn.Module):
         if position == "rotary" and d_model // n_heads % 2:
             raise ValueError(f"position=rotary needs an even head size, and d_model / n_heads = {d_model // n_heads}")
         self.max_seq_len = max_seq_len
+        self._train_block: Callable[..., Tensor] | None = None  # compiled
         self.token_embedding = nn.Embedding(vocab_size, d_model)
         self.position_embedding = nn.Embedding(max_seq_len, d_model) if position == "learned" else None
         self.dropout = Dropout(dropout)
         self.blocks = nn.ModuleList(
             Block(
                 make_norm(norm, d_model, bias),
-                Attention(d_model, n_heads, max_seq_len, dropout, position == "rotary", qk_norm, bias),
+                Attention(d_model, n_heads, max_seq_len, dropout, position == "rotary", qk_norm, bias, attention),
                 make_norm(norm, d_model, bias),
                 FeedForward(d_model, d_ff, activation, bias),
                 dropout,
@@ -115,10 +119,26 @@ class GPT(nn.Module):
             x = x + self.position_embedding.weight[start:end]
         x = self.dropout(x)
         for i, block in enumerate(self.blocks):
-            x = block(x, cache and cache.layers[i])
+            x = (
+                self._train_block(block, x)
+                if self._train_block and self.training
+                else block(x, cache and cache.layers[i])
+            )
         if cache:
             cache.length = end
         return self.head(self.norm(x))
+
+    def compile_for_training(self, **options: Any) -> None:
+        """Have a block's training pass compiled (see torch.compile for the options), once for all blocks.
+
+        Validation and generation, where shapes vary, go through the blocks as they are; so do the embeddings, whose
+        compiled gradient is not the same at each run.
+        """
+
+        def train(block: Block, x: Tensor) -> Tensor:
+            return block(x)
+
+        self._train_block = torch.compile(train, **options)
 
     def flops_per_token(self, seq_len: int) -> int:
         """Return the operations of a training step for each token of sequences of `seq_len`: 6 N + 12 L C T.
@@ -201,9 +221,11 @@ class Attention(nn.Module):
         rotary: bool,
         qk_norm: bool,
         bias: bool,
+        attention: Literal["plain", "fused"] | None = None,
     ) -> None:
         super().__init__()
         self.n_heads = n_heads
+        self.plain = attention == "plain"
         self.rotary = rotary
         self.qk_norm = qk_norm
         self.qkv = nn.Linear(d_model, 3 * d_model, bias=bias)
@@ -230,10 +252,9 @@ class Attention(nn.Module):
             k, v = cached.add(k, v, len(self.causal_mask))
             mask = self.causal_mask[start : start + T, : start + T].to(q.dtype)
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        elif x.device.type == "cpu" and (dropping or q.dtype == torch.bfloat16):
-            # On CPUs torch's fused kernel is the slower one in bfloat16 and under dropout. Autocast would have the
-            # softmax in float32, where on a CPU it computes in float32 anyway and only the copies would be added.
-            with torch.autocast("cpu", enabled=False):
+        elif self.plain:
+            # Autocast would have the softmax in float32, which computes in float32 anyway: only copies would be added.
+            with torch.autocast(x.device.type, enabled=False):
                 mask = self.causal_mask[:T, :T].to(q.dtype)
                 q, k = q.flatten(0, 1), k.flatten(0, 1)  # (B H, T, D)
                 scores = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=1 / math.sqrt(q.shape[-1]))  # (B H, T, T)

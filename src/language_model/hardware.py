@@ -31,6 +31,16 @@ def best_precision(device: str) -> str:
     return "bf16-mixed" if has_bf16_units(device) else "32-true"
 
 
+def best_attention(device: str, precision: str, dropout: float) -> str:
+    """Return plain on a CPU in bfloat16 or with dropout, where torch's fused kernel is the slower one; else fused."""
+    return "plain" if device == "cpu" and (dropout > 0 or precision.startswith("bf16")) else "fused"
+
+
+def can_fuse_optimizer(device: str, precision: str) -> bool:
+    """Whether torch has optimizers in one kernel here; float16's gradients must be unscaled before clipping."""
+    return device in ("cpu", "cuda", "mps", "xpu") and precision != "16-mixed"
+
+
 def has_compiler() -> bool:
     """Whether there is a C++ compiler, which torch.compile wants for a CPU."""
     return any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "clang++", "cl"))

@@ -33,8 +33,7 @@ class LanguageModel(L.LightningModule):
         optimizer: named parameters -> optimizer.
         schedule: step -> learning rate; the rate of every parameter group follows its course.
         tokenizer: that made the tokens; its fingerprint goes into checkpoints.
-        compiled: whether the network is compiled for training, which has batches of one shape; validation and samples,
-            which have not, go through it as it is.
+        compiled: whether the network, by its ``compile_for_training``, and the cross-entropy are compiled.
     """
 
     def __init__(
@@ -47,7 +46,12 @@ class LanguageModel(L.LightningModule):
     ) -> None:
         super().__init__()
         self.network = network
-        self._compiled = torch.compile(network.forward) if compiled else None
+        self._train_loss = F.cross_entropy
+        if compiled:
+            # The random numbers are those of a network that is not compiled; on a CPU they also take less time.
+            options: dict[str, Any] = {"fallback_random": True}
+            network.compile_for_training(options=options)  # type: ignore[operator]
+            self._train_loss = torch.compile(F.cross_entropy, options=options)
         self.tokenizer = tokenizer
         self.token_bytes: Tensor | None
         sizes = None if tokenizer.token_bytes is None else torch.from_numpy(tokenizer.token_bytes)
@@ -58,6 +62,7 @@ class LanguageModel(L.LightningModule):
         self.last_lr = 0.0  # that the last step was taken with
         self._step_loss = Mean()
         self._step_batches: list[Batch] = []
+        self._step: Step | None = None  # the last one
         self._last_loss = torch.zeros(())
         self.epoch_loss = Mean()  # of the training batches
         self._val_loss = Mean()
@@ -65,12 +70,13 @@ class LanguageModel(L.LightningModule):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(B, T) int64 -> logits (B, T, V)."""
-        return self._compiled(tokens) if self._compiled and self.training else self.network(tokens)
+        return self.network(tokens)
 
     def loss(self, batch: Batch) -> Tensor:
         """Return the mean cross-entropy of a batch, in nats a token."""
         inputs, targets = batch
-        return F.cross_entropy(self(inputs).flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
+        cross_entropy = self._train_loss if self.training else F.cross_entropy
+        return cross_entropy(self(inputs).flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the loss of a batch."""
@@ -95,18 +101,33 @@ class LanguageModel(L.LightningModule):
             if gradient_clip_val:
                 clip_grad_value_(parameters, gradient_clip_val)
         self.last_lr = optimizer.param_groups[0]["lr"]
-        # With float16 the scaler meets such steps now and then, and leaves them out.
-        if self.trainer.precision != "16-mixed" and not self.grad_norm.isfinite():
-            step = self.trainer.global_step
-            losses = [float(self.loss(batch).detach()) for batch in self._step_batches]
-            guilty = next((i for i, loss in enumerate(losses) if not math.isfinite(loss)), -1)
-            tokens = self._step_batches[guilty][0]
-            raise NonFiniteError(step, self.last_lr, float(self._step_loss.value), float(self.grad_norm), tokens)
+        if self.trainer.precision != "16-mixed":  # whose scaler meets such steps now and then, and leaves them out
+            self._refuse_non_finite(optimizer)
         # self.log costs more than a small model's step, so it is called for steps that are written only.
         if (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0:
             self.log("train/loss", self._step_loss.value, sync_dist=True)
             self.log_dict({"lr": self.last_lr, "train/grad_norm": self.grad_norm})
         self._step_loss, self._step_batches = Mean(), []
+
+    def _refuse_non_finite(self, optimizer: Optimizer) -> None:
+        """Raise NonFiniteError for a gradient that is not finite, before the weights are touched.
+
+        On a GPU asking would wait for the step to be done. There the optimizer's kernels are told to leave the weights
+        alone, without asking, and the error comes when the next step, or a validation, or the end does.
+        """
+        before, self._step = self._step, Step(self)
+        if is_asynchronous(self.device) and getattr(optimizer, "_step_supports_amp_scaling", False):
+            optimizer.found_inf = (~self.grad_norm.isfinite()).float()  # type: ignore[attr-defined]
+            self._refuse(before)
+        else:
+            self._refuse(self._step)
+
+    def _refuse(self, step: "Step | None") -> None:
+        if step is None or math.isfinite(norm := step.norm.get()):
+            return
+        losses = [float(self.loss(batch).detach()) for batch in step.batches]
+        guilty = next((i for i, loss in enumerate(losses) if not math.isfinite(loss)), -1)
+        raise NonFiniteError(step.number, step.lr, float(step.loss), norm, step.batches[guilty][0])
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Start the epoch's mean at its first batch."""
@@ -119,10 +140,12 @@ class LanguageModel(L.LightningModule):
 
     def on_train_epoch_end(self) -> None:
         """Log the epoch's mean loss."""
+        self._refuse(self._step)
         self.log("train/loss_epoch", self.epoch_loss.value, sync_dist=True)
 
     def on_validation_epoch_start(self) -> None:
         """Start the split's mean."""
+        self._refuse(self._step)
         self._val_loss = Mean()
         self._val_bytes = 0
 
@@ -165,6 +188,38 @@ class LanguageModel(L.LightningModule):
         # A function, not an object: LambdaLR would bring an object's attributes back from a checkpoint.
         scheduler = LambdaLR(optimizer, lambda step: schedule(step) / peak)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def is_asynchronous(device: torch.device) -> bool:
+    """Whether a device works on while the program goes on, so that reading a number from it waits."""
+    return device.type == "cuda"
+
+
+class Arriving:
+    """A number that is on its way from a device, which nothing waits for until it is asked for."""
+
+    def __init__(self, number: Tensor) -> None:
+        self._number = number.detach().to("cpu", non_blocking=True)
+        self._event = torch.cuda.Event() if number.is_cuda else None
+        if self._event:
+            self._event.record()
+
+    def get(self) -> float:
+        """Return it, once it is there."""
+        if self._event:
+            self._event.synchronize()
+        return float(self._number)
+
+
+class Step:
+    """What an optimizer step is taken with."""
+
+    def __init__(self, module: LanguageModel) -> None:
+        self.number = module.trainer.global_step
+        self.lr = module.last_lr
+        self.loss = module._step_loss.value
+        self.norm = Arriving(module.grad_norm)
+        self.batches = module._step_batches
 
 
 class NonFiniteError(ArithmeticError):

@@ -23,7 +23,7 @@ def adamw(
     eps: PositiveFloat = 1e-8,
     weight_decay: NonNegativeFloat = 0.01,
     decay_matrices_only: bool = False,
-    fused: bool = True,
+    fused: bool | None = None,
 ) -> torch.optim.AdamW:
     """Return torch's AdamW (arXiv:1711.05101), weight decay on every parameter or on matrices only.
 
@@ -34,7 +34,8 @@ def adamw(
         eps: added to the root of the second mean.
         weight_decay: share of a weight that a step of rate 1 would remove.
         decay_matrices_only: leave out biases, norms and all else with fewer than two dimensions.
-        fused: one kernel for all parameters (not with float16 precision: gradients there must be unscaled first).
+        fused: one kernel for all parameters (not with float16 precision: gradients there must be unscaled first);
+            None for torch's choice.
     """
     named_parameters = list(named_parameters)
     vectors = [pair for pair in named_parameters if pair[1].ndim < 2] if decay_matrices_only else []
@@ -57,7 +58,7 @@ def muon(
     betas: tuple[Beta, Beta] = (0.9, 0.99),
     eps: PositiveFloat = 1e-8,
     adamw_weight_decay: NonNegativeFloat = 0.0,
-    fused: bool = True,
+    fused: bool | None = None,
 ) -> "Muon":
     """Return Muon for the matrices inside the blocks, with AdamW for all else.
 
@@ -73,7 +74,7 @@ def muon(
         betas: AdamW's decay rates of the running means of the gradient and of its square.
         eps: added to the root of the second mean.
         adamw_weight_decay: as `weight_decay`, of AdamW's matrices; its vectors have none.
-        fused: one kernel for all of AdamW's parameters.
+        fused: one kernel for all of AdamW's parameters; None for torch's choice.
     """
     groups: dict[tuple[bool, int, float], dict[str, Any]] = {}
     for name, parameter in named_parameters:
@@ -114,11 +115,15 @@ class Muon(torch.optim.AdamW):
 
     def _step_matrices(self, groups: list[dict[str, Any]]) -> None:
         by_shape: dict[tuple[int, ...], list[tuple[Tensor, Tensor, dict[str, Any]]]] = {}
+        found_inf = getattr(
+            self, "found_inf", None
+        )  # as torch's own: a tensor, 1 where the weights are to stay as they are
+        done = 1.0 if found_inf is None else 1 - found_inf
         for group in groups:
             parameters = [p for p in group["params"] if p.grad is not None]
             if not parameters:
                 continue
-            gradients = [p.grad for p in parameters]
+            gradients = [p.grad if found_inf is None else p.grad.where(found_inf == 0, 0.0) for p in parameters]
             for p in parameters:
                 if not self.state[p]:  # AdamW, loading a state, looks for a step in all of it
                     self.state[p] = {"step": torch.zeros(()), "momentum_buffer": torch.zeros_like(p)}
@@ -126,7 +131,7 @@ class Muon(torch.optim.AdamW):
             torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
             updates = torch._foreach_lerp(gradients, buffers, group["momentum"])  # Nesterov's
             if group["weight_decay"]:
-                torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"] * done)
             for parameter, update in zip(parameters, updates, strict=True):
                 for matrix, its_update in zip(
                     parameter.chunk(group["stacked"]), update.chunk(group["stacked"]), strict=True
@@ -135,7 +140,8 @@ class Muon(torch.optim.AdamW):
                     by_shape.setdefault((*shape, group["ns_steps"]), []).append((matrix, its_update, group))
         for (*_, ns_steps), members in by_shape.items():
             wide = torch.stack([update if update.size(0) <= update.size(1) else update.mT for _, update, _ in members])
-            for (matrix, _, group), step in zip(members, newton_schulz(wide, ns_steps).to(wide.dtype), strict=True):
+            steps = newton_schulz(wide, ns_steps).to(wide.dtype) * done
+            for (matrix, _, group), step in zip(members, steps, strict=True):
                 rows, columns = matrix.shape
                 rate = group["lr"] * math.sqrt(max(1, rows / columns))
                 matrix.add_(step if rows <= columns else step.mT, alpha=-rate)

@@ -50,11 +50,11 @@ def announce(
     split = f" and {data.num_val_tokens:,} for validation" if data.has_validation else ""
     parameters = sum(p.numel() for p in module.network.parameters())
     lines = {
-        "device": f"{describe(device)}{many}, precision {trainer.precision}",
+        "device": f"{describe(device)}{many}, {', '.join(chosen(config))}",
         "corpus": f"{data.name}: {data.num_train_tokens:,} tokens{split}, vocabulary {data.tokenizer.vocab_size:,}",
         "windows": f"{data.order().num_windows:,} of {data.seq_len} tokens, stride {data.stride}",
         "steps": f"{batches:,} batches an epoch, {total}{epochs}, {tokens:,} tokens a step",
-        "model": f"{parameters:,} parameters{', compiled' if config.compile else ''}",
+        "model": f"{parameters:,} parameters",
         "loss": f"guessing ln {data.tokenizer.vocab_size} = {guessing:.4f}, untrained {untrained:.4f}",
         "folder": shown(Path(config.folder)),
     }
@@ -67,6 +67,16 @@ def announce(
             "is something wrong with the network or its initial weights?"
         )
     return untrained
+
+
+def chosen(config: DictConfig) -> list[str]:
+    """Return in words how the run does its arithmetic: what the hardware decided, or the settings said."""
+    words = [f"precision {config.trainer.precision}"]
+    if config.model.get("attention"):
+        words.append(f"attention {config.model.attention}")
+    if config.optimizer.get("fused") is not None:
+        words.append(f"optimizer {'fused' if config.optimizer.fused else 'not fused'}")
+    return [*words, "compiled" if config.compile else "not compiled"]
 
 
 def collect(module: LanguageModel, trainer: L.Trainer, monitor: str) -> dict[str, Any]:

@@ -34,7 +34,7 @@ FOLDER = "LANGUAGE_MODEL_RUN_FOLDER"  # tells the processes that lightning start
 
 # What may be other when a run goes on: how it is done and watched, and how far it goes, but not what it is.
 MAY_CHANGE = (
-    "name", "folder", "resume", "compile", "total_steps", "schedule.total_steps",
+    "name", "folder", "resume", "compile", "model.attention", "optimizer.fused", "total_steps", "schedule.total_steps",
     "trainer.max_epochs", "trainer.max_steps", "trainer.max_time", "trainer.accelerator", "trainer.devices",
     "trainer.num_nodes", "trainer.strategy", "trainer.log_every_n_steps", "trainer.enable_*", "trainer.detect_anomaly",
     "trainer.benchmark", "trainer.default_root_dir", "data.num_workers", "data.cache", "logger.*",
@@ -46,7 +46,16 @@ MAY_CHANGE = (
 DONE = ("finished", "pruned")  # the ends of a run that it is not to go on from
 
 # What is worked out from the rest while it is null.
-DERIVED = ("vocab_size", "*.vocab_size", "monitor", "*.monitor", "trainer.precision")
+DERIVED = (
+    "vocab_size",
+    "*.vocab_size",
+    "monitor",
+    "*.monitor",
+    "trainer.precision",
+    "model.attention",
+    "optimizer.fused",
+    "compile",
+)
 
 _held: list[FileLock] = []  # of the folders that this process writes to, until it ends
 
