@@ -1,154 +1,345 @@
-"""Time a run of the chapter's recipe against the chapter's own plain loop, in turns on the same machine.
+"""Measure this project against its goals, each beside its reference in the same run, in turns on the same machine.
 
-The plain loop is the chapter's section 8 as printed: float32, a Dataset that serves one window at a time, AdamW as it
-comes, and a network of torch's own parts. The runs are `scripts/train.py` as a user starts it, logging and
-checkpoints on, once in bfloat16 where the hardware has units for it and once in float32. What is compared is the
-time of the steps; imports and the sample at the end are left out on both sides.
+Time to a loss, the loss in a time, what Lightning and the optimizer cost, how soon a command answers. The recipes are
+those of ``conf/experiment``; runs are ``scripts/train.py`` as a user starts it, in a process of its own, logging and
+checkpoints on. A goal that this machine cannot measure says so.
 """
 
+import csv
 import json
+import math
 import multiprocessing
+import os
+import re
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
+from datetime import date
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from omegaconf import DictConfig
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from omegaconf import DictConfig, OmegaConf
+from torch.nn.utils import clip_grad_norm_
 
-from language_model.config import ROOT, entry_point
-from language_model.hardware import describe, has_bf16_units
+from language_model.config import ROOT, ConfigError, build, entry_point
+from language_model.corpus import fetched
+from language_model.gpt import GPT
+from language_model.hardware import describe, device_type
+from language_model.optim import adamw
 from language_model.schedule import warmup_cosine
 
-V, C, H, LAYERS, FF, T, B, P = 43, 64, 4, 4, 256, 64, 32, 0.1
+TINY_SHAKESPEARE = OmegaConf.load(ROOT / "conf" / "data" / "tinyshakespeare.yaml")
+# NanoGPT's recipe for a CPU, as its README gives it.
+V, C, T, B, STEPS = 65, 128, 64, 12, 2000
+NANOGPT = "--device=cpu --compile=False --eval_iters=20 --log_interval=1 --block_size=64 --batch_size=12 --n_layer=4"
+NANOGPT += " --n_head=4 --n_embd=128 --max_iters=2000 --lr_decay_iters=2000 --dropout=0.0"
+TARGET = 1.898  # what it comes to, over the whole split
 
 
 @entry_point("benchmark")
 def main(config: DictConfig) -> None:
-    """Run the contenders in turns; print their medians and the ratio to the plain loop, and keep the figures."""
-    contenders = {"plain loop, 32-true": partial(in_new_process, config.epochs)}
-    for precision in ["bf16-mixed"] * has_bf16_units("cpu") + ["32-true"]:
-        contenders[f"scripts/train.py, {precision}"] = partial(run, config.epochs, precision)
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for i in range(config.rounds):
-        for name, contender in contenders.items():
-            seconds[name].append(contender())
-            print(f"round {i + 1} of {config.rounds}: {name}: {seconds[name][-1]:.1f} s", flush=True)
-    plain = seconds["plain loop, 32-true"]
-    steps = config.epochs * 39
-    print(f"\n{describe(torch.device('cpu'))}, {steps} steps, {config.rounds} rounds")
-    print(f"{'':32} ms a step: median (min to max)   ratio to the plain loop: median (min to max)")
-    for name, times in seconds.items():
-        ms = sorted(1000 * t / steps for t in times)
-        ratios = sorted(t / p for t, p in zip(times, plain, strict=True))
-        print(
-            f"{name:32} {statistics.median(ms):9.1f} ({ms[0]:.1f} to {ms[-1]:.1f})"
-            f"{statistics.median(ratios):20.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
-        )
+    """Measure the goals that are asked for; print a table, and keep the figures."""
+    goals: dict[int, Callable[[DictConfig], list[Row]]] = {
+        1: time_to_loss, 2: time_to_loss, 3: partial(recipe, 3), 4: partial(recipe, 4), 5: partial(recipe, 5),
+        6: lightnings_cost, 7: optimizers_share, 8: gpu, 9: start,
+    }  # fmt: skip
+    unknown = [goal for goal in config.goals if goal not in goals]
+    if unknown or not config.goals:
+        raise ConfigError(f"goals={list(config.goals)}: there are 1 to 9")
+    if config.path is None:
+        config.path = str(fetched(TINY_SHAKESPEARE.url, TINY_SHAKESPEARE.sha256, ROOT / "outputs" / "corpora"))
+    for key, path in (("path", config.path), ("nanogpt", config.nanogpt and f"{config.nanogpt}/train.py")):
+        if path and not Path(path).is_file():
+            raise ConfigError(f"{key}: {path} does not exist")
+    config.path = str(Path(config.path).resolve())
+    rows = [row for measure in dict.fromkeys(goals[goal] for goal in config.goals) for row in measure(config)]
+    rows = [row for row in rows if row[0] in config.goals]
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    machine = f"{date.today()}, {describe(device)}"
+    table = "| goal | | wanted | reached | spread |\n| --- | --- | --- | --- | --- |\n"
+    table += "".join(f"| {' | '.join(map(str, row))} |\n" for row in rows)
+    print(f"\n{machine}, {config.rounds} rounds\n\n{table}")
     target = ROOT / "outputs" / "benchmark.json"
-    target.write_text(
-        json.dumps({"machine": describe(torch.device("cpu")), "steps": steps, "seconds": seconds}, indent=2)
-    )
+    target.parent.mkdir(exist_ok=True)
+    names = ("goal", "what", "wanted", "reached", "spread")
+    figures = [dict(zip(names, row, strict=True)) for row in rows]
+    target.write_text(json.dumps({"machine": machine, "rounds": config.rounds, "figures": figures}, indent=2) + "\n")
     print(f"figures in {target}")
+    if config.table:
+        Path(config.table).write_text(f"{machine}, {config.rounds} rounds:\n\n{table}", encoding="utf-8")
 
 
-def run(epochs: int, precision: str) -> float:
-    """Return the seconds that a run's steps take, from the first batch to the last checkpoint."""
+Row = tuple[int, str, str, str, str]  # goal, what, wanted, reached, spread
+
+
+def time_to_loss(config: DictConfig) -> list[Row]:
+    """Goals 1 and 2: the time to nanoGPT's loss at its context, of the steps and of the whole command."""
+    theirs, ours = [], []
+    for i in range(config.rounds):
+        theirs.append(say("nanoGPT", nanogpt(config)))
+        ours.append(
+            say("this project", train("experiment=shakespeare_cpu_64", f"data.path={config.path}", f"seed={i}"))
+        )
+    losses = [run["loss"] for run in ours]
+    said = f"{statistics.mean(losses):.3f} against {statistics.mean(run['loss'] for run in theirs):.3f}"
+    rows: list[Row] = []
+    for goal, key, wanted in ((1, "steps", 0.1), (2, "whole", 0.2)):
+        ratios = [o[key] / t[key] for o, t in zip(ours, theirs, strict=True)]
+        what = f"time to {TARGET} at context 64, {'steps only' if goal == 1 else 'the whole command'}, over nanoGPT's"
+        seconds = (
+            f"{statistics.median(o[key] for o in ours):.1f} s over {statistics.median(t[key] for t in theirs):.1f} s"
+        )
+        rows.append((goal, what, f"≤ {wanted}", middle(ratios), f"{ends(ratios)}; {seconds}; val/loss {said}"))
+    return rows
+
+
+def recipe(goal: int, config: DictConfig) -> list[Row]:
+    """Goals 3 to 5: what a recipe comes to, over several seeds, and in how long."""
+    name, wanted = {
+        3: ("shakespeare_cpu", "loss ≤ 1.50 in nanoGPT's time for the whole command"),
+        4: ("shakespeare_cpu_long", "loss ≤ 1.4697 in ≤ 300 s"),
+        5: ("shakespeare_cpu_hour", "loss ≤ 1.42 in ≤ 3,600 s"),
+    }[goal]
+    runs, reference = [], []
+    for i in range(config.rounds):
+        if goal == 3:
+            reference.append(say("nanoGPT", nanogpt(config)))
+        runs.append(say(name, train(f"experiment={name}", f"data.path={config.path}", f"seed={i}")))
+    losses, whole = [run["loss"] for run in runs], [run["whole"] for run in runs]
+    spread = statistics.stdev(losses) if len(losses) > 1 else math.nan
+    words = f"± {spread:.4f}; whole command {ends(whole)} s, steps {middle([run['steps'] for run in runs])} s"
+    if reference:
+        words += f"; nanoGPT {middle([run['whole'] for run in reference])} s"
+    return [(goal, f"`experiment={name}`", wanted, f"{statistics.mean(losses):.4f}", words)]
+
+
+def lightnings_cost(config: DictConfig) -> list[Row]:
+    """Goal 6: a run's steps against a bare loop over the same batches, network, optimizer and schedule."""
+    recipes = {
+        "the chapter's": (["trainer.max_epochs=10"], "≤ 0.15 ms a step"),
+        "shakespeare_cpu's": (["experiment=shakespeare_cpu", f"data.path={config.path}", *SHORT], "≤ 3 %"),
+    }
+    rows: list[Row] = []
+    for name, (overrides, wanted) in recipes.items():
+        differences, shares = [], []
+        for _ in range(config.rounds):
+            with tempfile.TemporaryDirectory() as folder:
+                run = say(f"{name}, scripts/train.py", train(*overrides, folder=folder))
+                bare = say(f"{name}, bare loop", in_new_process(bare_loop, f"{folder}/run"))
+            differences.append(1000 * (run["steps"] - bare["steps"]) / bare["number"])
+            shares.append(100 * (run["steps"] / bare["steps"] - 1))
+        what = f"Lightning's cost, {name} recipe, {1000 * bare['steps'] / bare['number']:.1f} ms a step"
+        reached, spread = f"{middle(differences)} ms, {middle(shares)} %", f"{ends(differences)} ms, {ends(shares)} %"
+        rows.append((6, what, wanted, reached, spread))
+    return rows
+
+
+def optimizers_share(config: DictConfig) -> list[Row]:
+    """Goal 7: the share of a step that the optimizer takes."""
+    shares = []
+    for _ in range(config.rounds):
+        with tempfile.TemporaryDirectory() as folder:
+            train("experiment=shakespeare_cpu", f"data.path={config.path}", *SHORT, folder=folder)
+            bare = say("bare loop", in_new_process(bare_loop, f"{folder}/run"))
+            shares.append(100 * bare["optimizer"] / bare["steps"])
+    return [(7, "Muon's share of a step, `shakespeare_cpu`", "≤ 20 %", f"{middle(shares)} %", f"{ends(shares)} %")]
+
+
+def gpu(config: DictConfig) -> list[Row]:
+    """Goal 8: GPT-2 on one GPU, on made-up tokens."""
+    what = "`experiment=gpt2_124m` on one GPU"
+    if not torch.cuda.is_available():
+        return [(8, what, "≥ 50 % of the peak", "n/a", "no GPU here")]
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, str(ROOT / "scripts" / "train.py"), f"folder={folder}/run", "callbacks.sample=null"]
-        command += ["trainer.accelerator=cpu", f"trainer.max_epochs={epochs}", f"trainer.precision={precision}"]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        result = json.loads((Path(folder) / "run" / "result.json").read_text())
-        return result["tokens"] / result["tokens_per_sec"]
+        np.random.default_rng(0).integers(0, 50257, 20_000_000, np.uint16).tofile(f"{folder}/train.bin")
+        data = f"data.train_path={folder}/train.bin", "data.val_path=null", "tokenizer=ids"
+        run = train("experiment=gpt2_124m", *data, "trainer.max_steps=60", "trainer.log_every_n_steps=5", folder=folder)
+        with Path(f"{folder}/run/metrics.csv").open() as file:
+            rows = [row for row in csv.DictReader(file) if row["train/tokens_per_sec"]][2:]  # behind the compiling
+    say(what, run)
+    speed = [float(row["train/tokens_per_sec"]) for row in rows]
+    shares = [100 * float(row["train/mfu"]) for row in rows if row.get("train/mfu")] or [math.nan]
+    say(what, run)
+    return [
+        (8, what, "≥ 50 % of the peak", f"{middle(shares)} %, {statistics.median(speed):,.0f} tokens/s", ends(shares))
+    ]
 
 
-def in_new_process(epochs: int) -> float:
-    """Return what `plain_loop` measures in a process of its own, as `run` has one."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(plain_loop, epochs).result()
+def start(config: DictConfig) -> list[Row]:
+    """Goal 9: how soon a command answers."""
+    commands = {
+        "`scripts/train.py --help`": (["--help"], "≤ 1 s"),
+        "first step of the default run, and its end": (["trainer.max_steps=1", "schedule.warmup_steps=1"], "≤ 6 s"),
+    }
+    rows: list[Row] = []
+    for name, (arguments, wanted) in commands.items():
+        seconds = []
+        for _ in range(config.rounds + 1):
+            with tempfile.TemporaryDirectory() as folder:
+                command = [sys.executable, str(ROOT / "scripts" / "train.py"), f"folder={folder}/run", *arguments]
+                began = time.perf_counter()
+                subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+                seconds.append(time.perf_counter() - began)
+        seconds = seconds[1:]  # the first one reads the files from the disk
+        rows.append((9, name, wanted, f"{middle(seconds)} s", f"{ends(seconds)} s"))
+    return rows
 
 
-def plain_loop(epochs: int) -> float:
-    """Return the seconds that the chapter's training loop takes."""
-    text = (ROOT / "src" / "language_model" / "sonnets.txt").read_text(encoding="utf-8")
-    ids = {character: i for i, character in enumerate(sorted(set(text)))}
-    dataset = TextDataset(torch.tensor([ids[character] for character in text]), T)
-    batches = DataLoader(dataset, batch_size=B, shuffle=True, drop_last=True)
-    model = PlainGPT()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, weight_decay=0.01)
-    total_steps, step = epochs * len(batches), 0
-    started = time.perf_counter()
-    for _ in range(epochs):
-        epoch_loss = 0.0
-        for inputs, targets in batches:
-            for group in optimizer.param_groups:
-                group["lr"] = warmup_cosine(step, 3e-4, total_steps, 50, 1e-5)
-            logits = model(inputs)
-            loss = F.cross_entropy(logits.view(-1, logits.size(-1)), targets.view(-1))
+SHORT = ["trainer.max_steps=100", "trainer.val_check_interval=100", "compile=false"]
+
+
+def train(*overrides: str, folder: str | None = None) -> dict[str, float]:
+    """Return the seconds of a run, whole and of its steps, and its val/loss."""
+    with nullcontext(folder) if folder else tempfile.TemporaryDirectory() as place:
+        command = [sys.executable, str(ROOT / "scripts" / "train.py"), f"folder={place}/run", *overrides]
+        began = time.perf_counter()
+        done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        whole = time.perf_counter() - began
+        if done.returncode:
+            raise ConfigError(f"{' '.join(command)}: {done.stderr.strip().splitlines()[-1]}")
+        result = json.loads((Path(place) / "run" / "result.json").read_text())
+    loss = result["metrics"].get("val/loss", math.nan)
+    return {"whole": whole, "steps": result["tokens"] / result["tokens_per_sec"], "loss": loss}
+
+
+def bare_loop(folder: str) -> dict[str, float]:
+    """Do a run's steps again without Lightning; return their number, seconds, the optimizer's part, the mean loss."""
+    config: Any = OmegaConf.load(f"{folder}/config.yaml")
+    torch.manual_seed(config.seed)
+    device = torch.device(device_type(config.trainer.accelerator))
+    data, network = build(config, "data"), build(config, "model").to(device)
+    optimizer, schedule = build(config, "optimizer")(network.named_parameters()), build(config, "schedule")
+    bfloat16 = torch.autocast(device.type, torch.bfloat16, config.trainer.precision == "bf16-mixed")
+    peaks = [group["lr"] / optimizer.param_groups[0]["lr"] for group in optimizer.param_groups]
+    clip, step, optimizing = config.trainer.gradient_clip_val, 0, 0.0
+    losses = torch.zeros((), device=device)
+    began = time.perf_counter()
+    while step < config.total_steps:
+        for batch in data.train_dataloader():
+            inputs, targets = (each.to(device, non_blocking=True) for each in batch)
+            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+                group["lr"] = schedule(step) * peak
+            with bfloat16:
+                loss = F.cross_entropy(network(inputs).flatten(0, 1), targets.flatten())
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            clip_grad_norm_(network.parameters(), clip)
+            stepping = time.perf_counter()
             optimizer.step()
+            optimizing += time.perf_counter() - stepping
             optimizer.zero_grad()
-            epoch_loss += loss.item()
+            losses += loss.detach()
             step += 1
-    seconds = time.perf_counter() - started
-    print(f"plain loop: loss {epoch_loss / len(batches):.2f} in the last of {epochs} epochs")
-    return seconds
+            if step == config.total_steps:
+                break
+    mean = float(losses / step)  # waits for a GPU
+    return {"number": step, "steps": time.perf_counter() - began, "optimizer": optimizing, "loss": mean}
 
 
-class TextDataset(Dataset[tuple[Tensor, Tensor]]):
-    """The chapter's: one window at a time."""
-
-    def __init__(self, token_ids: Tensor, seq_len: int) -> None:
-        self.token_ids = token_ids
-        self.seq_len = seq_len
-
-    def __len__(self) -> int:
-        return len(self.token_ids) - self.seq_len
-
-    def __getitem__(self, idx: int) -> tuple[Tensor, Tensor]:
-        chunk = self.token_ids[idx : idx + self.seq_len + 1]
-        return chunk[:-1], chunk[1:]
+def nanogpt(config: DictConfig) -> dict[str, float]:
+    """Run nanoGPT's recipe: itself, or a bare loop that does the same."""
+    began = time.perf_counter()
+    found = nanogpt_itself(config) if config.nanogpt else in_new_process(nanogpts_loop, config.path)
+    return found | {"whole": time.perf_counter() - began}
 
 
-class PlainGPT(nn.Module):
-    """The chapter's sizes in torch's own parts."""
+def nanogpt_itself(config: DictConfig) -> dict[str, float]:
+    """Run a copy of the checkout; its loss is its own estimate, from 20 batches."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(shutil.copytree(config.nanogpt, f"{folder}/nanogpt", ignore=shutil.ignore_patterns(".git", "*.pt")))
+        for name, tokens in zip(("train", "val"), shakespeare(config.path), strict=True):
+            tokens.astype(np.uint16).tofile(copy / "data" / "shakespeare_char" / f"{name}.bin")
+        (copy / "data" / "shakespeare_char" / "meta.pkl").unlink(missing_ok=True)
+        command = [
+            sys.executable,
+            "train.py",
+            "config/train_shakespeare_char.py",
+            *NANOGPT.split(),
+            f"--out_dir={folder}",
+        ]
+        done = subprocess.run(command, cwd=copy, capture_output=True, text=True, env=os.environ | {"WANDB_MODE": "off"})
+        if done.returncode:
+            raise ConfigError(f"nanogpt={config.nanogpt}: {done.stderr.strip().splitlines()[-1]}")
+    steps = [float(ms) / 1000 for ms in re.findall(r"^iter \d+: loss [\d.]+, time ([\d.]+)ms", done.stdout, re.M)]
+    losses = re.findall(r"^step \d+: train loss [\d.]+, val loss ([\d.]+)", done.stdout, re.M)
+    usual = statistics.median(steps)
+    return {"steps": sum(min(s, 10 * usual) for s in steps), "loss": float(losses[-1])}  # without its evaluations
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.tokens, self.positions = nn.Embedding(V, C), nn.Embedding(T, C)
-        self.dropout = nn.Dropout(P)
-        self.blocks = nn.Sequential(*(PlainBlock() for _ in range(LAYERS)))
-        self.norm, self.head = nn.LayerNorm(C), nn.Linear(C, V, bias=False)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """(B, T) -> (B, T, V)."""
-        x = self.tokens(tokens) + self.positions(torch.arange(tokens.shape[1]))
-        return self.head(self.norm(self.blocks(self.dropout(x))))
+def nanogpts_loop(path: str) -> dict[str, float]:
+    """Do nanoGPT's recipe in a bare loop: float32, eager, AdamW, a loss estimate every 250 steps, as it does."""
+    train, val = (torch.from_numpy(tokens.astype(np.int64)) for tokens in shakespeare(path))
+    torch.manual_seed(1337)
+    network = GPT(V, C, 4, 4, 4 * C, T, bias=False)
+    optimizer = adamw(network.named_parameters(), 1e-3, (0.9, 0.99), 1e-8, 0.1, decay_matrices_only=True, fused=False)
+
+    def batch(tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        starts = torch.randint(len(tokens) - T, (B,)).tolist()
+        return tuple(torch.stack([tokens[i + shift : i + shift + T] for i in starts]) for shift in (0, 1))  # type: ignore
+
+    def loss(inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(network(inputs).flatten(0, 1), targets.flatten())
+
+    seconds = 0.0
+    for step in range(STEPS + 1):
+        if step % 250 == 0:
+            network.eval()
+            with torch.no_grad():
+                for split in (train, val):
+                    _ = [loss(*batch(split)).item() for _ in range(20)]
+            network.train()
+        began = time.perf_counter()
+        for group in optimizer.param_groups:
+            group["lr"] = warmup_cosine(step, 1e-3, STEPS + 1, 100, 1e-4)
+        loss(*batch(train)).backward()
+        clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        seconds += time.perf_counter() - began
+    network.eval()
+    windows = val[: (len(val) - 1) // T * T + 1]
+    with torch.no_grad():
+        over_split = loss(windows[:-1].view(-1, T), windows[1:].view(-1, T)).item()
+    return {"steps": seconds, "loss": over_split}
 
 
-class PlainBlock(nn.Module):
-    """Attention by torch's own function, and a feed-forward layer."""
+def shakespeare(path: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return the tokens of both splits, as nanoGPT numbers and divides them."""
+    text = Path(path).read_text(encoding="utf-8")
+    ids = {character: i for i, character in enumerate(sorted(set(text)))}
+    tokens = np.array([ids[character] for character in text])
+    return tokens[: int(0.9 * len(tokens))], tokens[int(0.9 * len(tokens)) :]
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm1, self.qkv, self.out = nn.LayerNorm(C), nn.Linear(C, 3 * C), nn.Linear(C, C)
-        self.norm2, self.dropout = nn.LayerNorm(C), nn.Dropout(P)
-        self.feed_forward = nn.Sequential(nn.Linear(C, FF), nn.GELU(), nn.Linear(FF, C))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, T, C) -> (B, T, C)."""
-        q, k, v = (y.view(*x.shape[:2], H, C // H).transpose(1, 2) for y in self.qkv(self.norm1(x)).split(C, dim=2))
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=P)
-        x = x + self.dropout(self.out(y.transpose(1, 2).reshape(x.shape)))
-        return x + self.dropout(self.feed_forward(self.norm2(x)))
+def in_new_process(function: Callable[[str], dict[str, float]], argument: str) -> dict[str, float]:
+    """Return what a function returns in a process of its own, as each run has one."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, argument).result()
+
+
+def say(name: str, figures: dict[str, float]) -> dict[str, float]:
+    """Tell what was measured just now."""
+    print(f"{name}: " + ", ".join(f"{key} {value:.4g}" for key, value in figures.items()), flush=True)
+    return figures
+
+
+def middle(numbers: list[float]) -> str:
+    """Return the median in words."""
+    return f"{statistics.median(numbers):.3g}"
+
+
+def ends(numbers: list[float]) -> str:
+    """Return the range in words."""
+    return f"{min(numbers):.3g} to {max(numbers):.3g}"
 
 
 if __name__ == "__main__":

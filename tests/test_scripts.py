@@ -1,13 +1,16 @@
-"""scripts/prepare.py and scripts/benchmark_data.py, as a user runs them."""
+"""scripts/prepare.py and the benchmarks, as a user runs them."""
 
 import hashlib
+import importlib.util
 import json
+import math
 import runpy
 import sys
 import threading
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from conftest import ROOT, Script
@@ -92,3 +95,55 @@ def test_memory_stays_bounded(script: Script, tmp_path: Path) -> None:
     assert all(0 < prepared["mb"] < 200 for prepared in found["prepare"].values())
     assert all(loaded["mb"] < 50 for loaded in found["load"].values())
     assert list(tmp_path.iterdir()) == [figures]
+
+
+@pytest.fixture
+def benchmark() -> ModuleType:
+    specification = importlib.util.spec_from_file_location("benchmark", ROOT / "scripts" / "benchmark.py")
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+def test_the_bare_loop_does_what_the_run_does(train, benchmark: ModuleType) -> None:
+    run = train("trainer.max_epochs=1", "model.dropout=0", "trainer.precision=32-true")
+    bare = benchmark.bare_loop(str(run.folder))
+    assert bare["number"] == run.result["steps"]
+    assert bare["loss"] == pytest.approx(run.losses[0], rel=1e-5)
+    assert 0 < bare["optimizer"] < bare["steps"]
+
+
+def test_nanogpts_loop_learns(benchmark: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "".join(chr(33 + i % 65) for i in range(3_000))
+    (tmp_path / "text.txt").write_text(text)
+    monkeypatch.setattr(benchmark, "STEPS", 110)
+    done = benchmark.nanogpts_loop(str(tmp_path / "text.txt"))
+    assert done["loss"] < 0.9 * math.log(65)
+    train, val = benchmark.shakespeare(str(tmp_path / "text.txt"))
+    assert (len(train), len(val), train[:3].tolist()) == (2_700, 300, [0, 1, 2])
+
+
+@pytest.mark.parametrize(
+    ("argument", "says"),
+    [
+        ("goals=[10]", "goals=[10]: there are 1 to 9"),
+        ("goals=[]", "goals=[]: there are 1 to 9"),
+        ("path=nothing.txt", "path: nothing.txt does not exist"),
+        ("nanogpt=nowhere", "nanogpt: nowhere/train.py does not exist"),
+    ],
+)
+def test_a_benchmark_that_cannot_be(benchmark: ModuleType, monkeypatch, argument: str, says: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", f"path={ROOT / 'README.md'}", argument])
+    with pytest.raises(SystemExit) as stopped:
+        benchmark.main()
+    assert str(stopped.value).startswith(f"error: {says}")
+
+
+@pytest.mark.slow
+def test_the_benchmark_as_a_user_runs_it(script: Script, tmp_path: Path) -> None:
+    sonnets = ROOT / "src" / "language_model" / "sonnets.txt"
+    done = script("benchmark.py", "goals=[8,9]", "rounds=1", f"path={sonnets}", "table=table.md")
+    assert done.returncode == 0, done.stderr
+    table = (tmp_path / "table.md").read_text()
+    assert "| 9 | `scripts/train.py --help` | ≤ 1 s |" in table
+    assert "| goal | | wanted | reached | spread |" in done.stdout
