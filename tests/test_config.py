@@ -17,6 +17,7 @@ NEEDED = {
     "tokenizer=file": "tokenizer.path=tokenizer.json",
     "data=text": "data.path=my.txt",
     "data=bin": "data.train_path=train.bin",
+    "experiment=gpt2_124m": "data.train_path=train.bin",
 }
 
 
