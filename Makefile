@@ -30,7 +30,7 @@ format: $(VENV)/installed-dev  ## let ruff rewrite the code
 tensorboard: $(VENV)/installed  ## look at every run and sweep
 	$(BIN)/tensorboard --logdir outputs
 
-benchmark: $(VENV)/installed  ## time a run against the chapter's plain loop
+benchmark: $(VENV)/installed  ## measure speed against the goals in docs/benchmark.md
 	$(BIN)/python scripts/benchmark.py $(args)
 
 constraints:  ## make constraints.txt anew from the newest versions that pyproject.toml allows

@@ -14,6 +14,7 @@ from rich.table import Table
 from language_model.config import ConfigError, blamed_on, build, check_values, entry_point
 from language_model.corpus import TextFiles
 from language_model.data import TokenData
+from language_model.hardware import device_type
 from language_model.load import LoadedRun, load_run
 from language_model.module import LanguageModel
 from language_model.prepare import prepare
@@ -36,7 +37,9 @@ def main(config: DictConfig) -> None:
     """Print the figures as a table, and keep them as JSON."""
     check_values(config, KEYS)
     speak()
-    loaded = load_run(str(config.run), config.checkpoint)
+    with blamed_on("accelerator"):
+        device = torch.device(device_type(config.accelerator))
+    loaded = load_run(str(config.run), config.checkpoint, device)
     settings = loaded.config
     settings.trainer.update(accelerator=config.accelerator, devices=1, num_nodes=1, strategy="auto")
     data = own_validation(loaded) if config.data.path is None else whole_text(config.data.path, loaded)

@@ -57,9 +57,10 @@ def train(config: DictConfig) -> None:
     if config.vocab_size < data.tokenizer.vocab_size:
         raise ConfigError(f"vocab_size={config.vocab_size}: the tokenizer has {data.tokenizer.vocab_size} tokens")
     device = hardware.device_type(config.trainer.accelerator)
-    config.trainer.precision = precision = config.trainer.precision or hardware.best_precision(device)
+    precision = hardware.full_name(config.trainer.precision or hardware.best_precision(device))
+    config.trainer.precision = precision
     if config.model.get("attention", "") is None:
-        config.model.attention = hardware.best_attention(device, precision, config.model.dropout)
+        config.model.attention = hardware.best_attention(device, precision, config.model.get("dropout") or 0)
     if config.optimizer.get("fused", False) is None:
         config.optimizer.fused = hardware.can_fuse_optimizer(device, precision)
     if precision == "16-mixed" and config.optimizer.get("fused"):
@@ -91,8 +92,8 @@ def train(config: DictConfig) -> None:
         config.compile = hasattr(network, "compile_for_training") and hardware.worth_compiling(device, steps)
     if config.compile and not hasattr(network, "compile_for_training"):
         raise ConfigError(f"compile=true: {config.model._target_} has no compile_for_training; set it to false")
-    if config.compile and device == "cpu" and not hardware.has_compiler():
-        raise ConfigError("compile=true: on a CPU this needs a C++ compiler; install g++ or clang, or set it to false")
+    if config.compile and (missing := hardware.missing_for_compiling(device)):
+        raise ConfigError(f"compile=true: on this machine it needs {missing}; install that, or set it to false")
     how = build(config, "optimizer"), build(config, "schedule")
     module = LanguageModel(network, *how, data.tokenizer, compiled=config.compile)
     with blamed_on("schedule"):

@@ -74,7 +74,10 @@ def test_the_peak_is_that_of_the_device(
     ("device", "steps", "worth"),
     [("cuda", 1000, True), ("cuda", None, True), ("cuda", 999, False), ("cpu", 10**6, False)],
 )
-def test_compiling_is_worth_it_on_long_runs_on_gpus(device: str, steps: int | None, worth: bool) -> None:
+def test_compiling_is_worth_it_on_long_runs_on_gpus(
+    monkeypatch: pytest.MonkeyPatch, device: str, steps: int | None, worth: bool
+) -> None:
+    monkeypatch.setattr(hardware, "missing_for_compiling", lambda device: None)
     assert hardware.worth_compiling(device, steps) == worth
 
 
@@ -85,6 +88,35 @@ def test_compiling_is_worth_it_on_long_runs_on_gpus(device: str, steps: int | No
 )  # fmt: skip
 def test_plain_attention_is_for_cpus(device: str, precision: str, dropout: float, attention: str) -> None:
     assert hardware.best_attention(device, precision, dropout) == attention
+
+
+@pytest.mark.parametrize(
+    ("device", "there", "missing"),
+    [("cpu", {"g++", "clang++", "cl"}, None), ("cpu", {"gcc"}, "a C++ compiler"), ("cuda", {"triton", "clang"}, None),
+     ("cuda", {"gcc"}, "triton"), ("cuda", {"triton"}, "a C compiler"), ("mps", set(), None)],
+)  # fmt: skip
+def test_what_compiling_needs(
+    monkeypatch: pytest.MonkeyPatch, device: str, there: set[str], missing: str | None
+) -> None:
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for module, name in ((hardware.shutil, "which"), (hardware, "find_spec")):
+        monkeypatch.setattr(module, name, lambda asked: asked if asked in there else None)
+    said = hardware.missing_for_compiling(device)
+    assert said is None if missing is None else said.startswith(missing)
+    assert not missing or not hardware.worth_compiling(device, 10**6)
+
+
+def test_no_compiler_but_the_one_that_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "/nowhere/c++")
+    assert "C++" in hardware.missing_for_compiling("cpu")
+
+
+@pytest.mark.parametrize(("short", "full"), [(16, "16-mixed"), ("bf16", "bf16-mixed"), (32, "32-true"),
+                                             ("32-true", "32-true"), ("64", "64-true")])  # fmt: skip
+def test_precisions_have_one_name(short: str | int, full: str) -> None:
+    assert hardware.full_name(short) == full
 
 
 def test_float16s_gradients_are_not_for_a_fused_optimizer() -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import language_model.module
+from language_model.checkpoint import Last
 from language_model.module import LanguageModel, NonFiniteError
 from language_model.optim import adamw, muon
 from language_model.schedule import constant, warmup_cosine
@@ -60,6 +61,8 @@ def fit(
     schedule=None,
     tokenizer=ABCDE,
     optimizer=None,
+    callbacks=(),
+    ckpt_path=None,
     **trainer,
 ):
     recorder = Recorder()
@@ -68,10 +71,10 @@ def fit(
     logger = CSVLogger(tmp_path, name="", version="")
     trainer = L.Trainer(
         **{"max_epochs": 1, "accelerator": "cpu", "log_every_n_steps": 1, "gradient_clip_val": 1.0} | trainer,
-        callbacks=[recorder], logger=logger, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, num_sanity_val_steps=0,
+        callbacks=[recorder, *callbacks], logger=logger, enable_checkpointing=bool(callbacks),
+        enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
     )  # fmt: skip
-    trainer.fit(module, loader(train), loader(val) if val else None)
+    trainer.fit(module, loader(train), loader(val) if val else None, ckpt_path=ckpt_path)
     return recorder, trainer, module
 
 
@@ -207,11 +210,11 @@ def test_no_bits_per_byte_where_tokens_have_no_text(tmp_path) -> None:
 @pytest.mark.parametrize(
     "optimizer", [partial(adamw, lr=0.1, fused=True), partial(muon, lr=0.1, not_muon=(), fused=True)]
 )
-@pytest.mark.parametrize("bad", [2, 5])
+@pytest.mark.parametrize(("bad", "every", "saved"), [(2, 1, 2), (5, 1, 5), (2, None, 0), (5, None, 0)])
 def test_where_a_device_works_on_a_bad_step_is_left_out_and_told_later(
-    tmp_path, monkeypatch: pytest.MonkeyPatch, optimizer, bad: int
+    tmp_path, monkeypatch: pytest.MonkeyPatch, optimizer, bad: int, every: int | None, saved: int
 ) -> None:
-    """As on a GPU: the weights stay as they were before that step, and it is named, also if it was the last one."""
+    """As on a GPU: the weights stay as they were before that step; it is named, also if it was the last; not kept."""
     monkeypatch.setattr(language_model.module, "is_asynchronous", lambda device: True)
     weights = []
 
@@ -220,8 +223,24 @@ def test_where_a_device_works_on_a_bad_step_is_left_out_and_told_later(
             weights.append(self.table.weight.detach().clone())
             return super().forward(tokens) * (math.inf if len(weights) == bad + 1 else 1.0)
 
-    network = Explodes()
+    network, last = Explodes(), Last(str(tmp_path), every_n_steps=every)
     with pytest.raises(NonFiniteError, match=f"the gradient of step {bad} is not finite"):
-        fit(tmp_path, network, batches(6), optimizer=optimizer, gradient_clip_val=1.0)
+        fit(tmp_path, network, batches(6), optimizer=optimizer, gradient_clip_val=1.0, callbacks=[last])
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == saved
     assert not weights[bad].equal(weights[bad - 1])
     assert network.table.weight.equal(weights[bad])
+
+
+@pytest.mark.filterwarnings("ignore:.*")
+@pytest.mark.parametrize("make", [partial(adamw, lr=0.1), partial(muon, lr=0.1, not_muon=())])
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_resumed_run_has_its_optimizer_fused_or_not_as_it_is_set_now(tmp_path, make, fused: bool) -> None:
+    last = Last(str(tmp_path), every_n_steps=None)
+    fit(tmp_path, Bigram(), batches(2), optimizer=partial(make, fused=not fused), callbacks=[last])
+    file = tmp_path / "last.ckpt"
+    _, trainer, _ = fit(
+        tmp_path, Bigram(), batches(2), optimizer=partial(make, fused=fused), max_epochs=2, ckpt_path=file,
+        callbacks=[last],
+    )  # fmt: skip
+    assert trainer.global_step == 4
+    assert [group["fused"] for group in trainer.optimizers[0].param_groups] == [fused]

@@ -105,8 +105,10 @@ def benchmark() -> ModuleType:
     return module
 
 
-def test_the_bare_loop_does_what_the_run_does(train, benchmark: ModuleType) -> None:
-    run = train("trainer.max_epochs=1", "model.dropout=0", "trainer.precision=32-true")
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_the_bare_loop_does_what_the_run_does(train, benchmark: ModuleType, accumulated: int) -> None:
+    accumulate = f"trainer.accumulate_grad_batches={accumulated}"
+    run = train("trainer.max_epochs=1", "model.dropout=0", "trainer.precision=32-true", accumulate)
     bare = benchmark.bare_loop(str(run.folder))
     assert bare["number"] == run.result["steps"]
     assert bare["loss"] == pytest.approx(run.losses[0], rel=1e-5)
@@ -128,6 +130,8 @@ def test_nanogpts_loop_learns(benchmark: ModuleType, tmp_path: Path, monkeypatch
     [
         ("goals=[10]", "goals=[10]: there are 1 to 9"),
         ("goals=[]", "goals=[]: there are 1 to 9"),
+        ("goals=8", "goals=8: "),
+        ("rounds=0", "rounds=0: "),
         ("path=nothing.txt", "path: nothing.txt does not exist"),
         ("nanogpt=nowhere", "nanogpt: nowhere/train.py does not exist"),
     ],

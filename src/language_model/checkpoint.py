@@ -18,6 +18,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from pydantic import PositiveInt
 
+from language_model.module import NonFiniteError
 from language_model.terminal import log
 
 
@@ -116,8 +117,10 @@ class Last(Checkpoint):
             done = trainer.fit_loop.epoch_loop.batch_progress.current.processed
             self._between_steps = done % trainer.accumulate_grad_batches == 0
             self._random_state = get_random_state()
-        if isinstance(exception, KeyboardInterrupt) or self._random_state is None or not self._between_steps:
-            return  # the last checkpoint stays: there was no step yet, or one is half done
+        told_late = isinstance(exception, NonFiniteError) and exception.step < trainer.global_step
+        stopped_at_once = isinstance(exception, KeyboardInterrupt) or not self._between_steps
+        if self._random_state is None or stopped_at_once or told_late:
+            return  # the last checkpoint stays: there was no step yet, or one is half done, or counted and was left out
         try:
             self.save(trainer)
         except OSError as error:

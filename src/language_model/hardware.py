@@ -4,6 +4,8 @@ import os
 import platform
 import re
 import shutil
+import sys
+from importlib.util import find_spec
 
 import torch
 
@@ -31,6 +33,13 @@ def best_precision(device: str) -> str:
     return "bf16-mixed" if has_bf16_units(device) else "32-true"
 
 
+def full_name(precision: str | int) -> str:
+    """Return a precision as lightning names it: 16-mixed for 16."""
+    return {"16": "16-mixed", "bf16": "bf16-mixed", "32": "32-true", "64": "64-true"}.get(
+        str(precision), str(precision)
+    )
+
+
 def best_attention(device: str, precision: str, dropout: float) -> str:
     """Return plain on a CPU in bfloat16 or with dropout, where torch's fused kernel is the slower one; else fused."""
     return "plain" if device == "cpu" and (dropout > 0 or precision.startswith("bf16")) else "fused"
@@ -41,14 +50,25 @@ def can_fuse_optimizer(device: str, precision: str) -> bool:
     return device in ("cpu", "cuda", "mps", "xpu") and precision != "16-mixed"
 
 
-def has_compiler() -> bool:
-    """Whether there is a C++ compiler, which torch.compile wants for a CPU."""
-    return any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "clang++", "cl"))
+def missing_for_compiling(device: str) -> str | None:
+    """Return in words what torch.compile would need and does not find here; None if nothing."""
+    if device == "cuda":
+        if find_spec("triton") is None:
+            return "triton"
+        if torch.cuda.is_available() and torch.cuda.get_device_capability() < (7, 0):
+            return "a GPU of compute capability 7.0 or later"
+        if not any(shutil.which(name) for name in (os.environ.get("CC", "cc"), "gcc", "clang")):
+            return "a C compiler, such as gcc"
+    if device == "cpu":
+        usual = {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
+        if not shutil.which(os.environ.get("CXX", usual)):
+            return f"a C++ compiler: {usual}, or what the variable CXX names"
+    return None
 
 
 def worth_compiling(device: str, steps: int | None) -> bool:
-    """Whether compiling repays: on GPUs, for runs that are long enough; a CPU takes half a minute for it."""
-    return device == "cuda" and (steps is None or steps >= 1000)
+    """Whether compiling repays: on GPUs, for runs that are long enough; on a CPU it takes 10 to 25 seconds."""
+    return device == "cuda" and (steps is None or steps >= 1000) and missing_for_compiling(device) is None
 
 
 # Dense bfloat16 operations a second, by a part of the device's name: the makers' data sheets, sparsity left out. The

@@ -10,6 +10,7 @@ from torch import nn
 from language_model import run as runs
 from language_model import tokenizer
 from language_model.config import ConfigError, blamed_on, build
+from language_model.hardware import best_attention
 from language_model.module import FORMAT
 from language_model.tokenizer import Tokenizer
 
@@ -45,6 +46,8 @@ def load_run(run: str | Path = "latest", checkpoint: str = "best", device: str |
     content = runs.read(file, device="cpu")
     if content.get("format", 1) > FORMAT:
         raise ConfigError(f"{runs.shown(file)} has the format {content['format']}: this version knows {FORMAT}")
+    if config.model.get("attention"):  # chosen on the machine that trained it
+        config.model.attention = best_attention(torch.device(device).type, config.trainer.precision, 0.0)
     network = build(config, "model")
     weights = {name.removeprefix("network."): weight for name, weight in content["state_dict"].items()}
     try:

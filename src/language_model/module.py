@@ -167,7 +167,8 @@ class LanguageModel(L.LightningModule):
             self.log("val/bits_per_byte", nats / math.log(2) / num_bytes)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the epoch's mean so far, and which tokenizer the weights belong to."""
+        """Add the epoch's mean so far, and which tokenizer the weights belong to; no step in it is a bad one."""
+        self._refuse(self._step)
         mine = [float(self.epoch_loss.total), float(self.epoch_loss.weight)]
         checkpoint["epoch_loss"] = [mine] * self.trainer.world_size
         if self.trainer.world_size > 1:
@@ -176,7 +177,11 @@ class LanguageModel(L.LightningModule):
         checkpoint["format"] = FORMAT
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on with the epoch's mean."""
+        """Go on with the epoch's mean; with one kernel or several for the optimizer, as it is set now."""
+        fused = self.make_optimizer(self.network.named_parameters()).defaults.get("fused")
+        for group in (group for state in checkpoint.get("optimizer_states", []) for group in state["param_groups"]):
+            if "fused" in group:
+                group["fused"] = fused
         of_each = checkpoint.get("epoch_loss", [])
         if len(of_each) == self.trainer.world_size:
             self.epoch_loss.total, self.epoch_loss.weight = of_each[self.trainer.global_rank]
@@ -199,7 +204,7 @@ class Arriving:
     """A number that is on its way from a device, which nothing waits for until it is asked for."""
 
     def __init__(self, number: Tensor) -> None:
-        self._number = number.detach().to("cpu", non_blocking=True)
+        self._number = number.detach().to("cpu", non_blocking=number.is_cuda)
         self._event = torch.cuda.Event() if number.is_cuda else None
         if self._event:
             self._event.record()

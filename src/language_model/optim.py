@@ -115,9 +115,7 @@ class Muon(torch.optim.AdamW):
 
     def _step_matrices(self, groups: list[dict[str, Any]]) -> None:
         by_shape: dict[tuple[int, ...], list[tuple[Tensor, Tensor, dict[str, Any]]]] = {}
-        found_inf = getattr(
-            self, "found_inf", None
-        )  # as torch's own: a tensor, 1 where the weights are to stay as they are
+        found_inf = getattr(self, "found_inf", None)  # as torch's own: 1 where the weights are to stay as they are
         done = 1.0 if found_inf is None else 1 - found_inf
         for group in groups:
             parameters = [p for p in group["params"] if p.grad is not None]
