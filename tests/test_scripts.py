@@ -150,4 +150,4 @@ def test_the_benchmark_as_a_user_runs_it(script: Script, tmp_path: Path) -> None
     assert done.returncode == 0, done.stderr
     table = (tmp_path / "table.md").read_text()
     assert "| 9 | `scripts/train.py --help` | ≤ 1 s |" in table
-    assert "| goal | | wanted | reached | spread |" in done.stdout
+    assert "| goal | what | wanted | reached | spread |" in done.stdout

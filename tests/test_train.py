@@ -286,7 +286,7 @@ def test_only_training_is_compiled(train, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_how_the_arithmetic_is_done_is_said_and_can_be_overridden(train) -> None:
-    overrides = ["trainer.precision=32-true", "model.dropout=0"]
+    overrides = ["trainer.precision=32", "model.dropout=0"]
     assert "precision 32-true, attention fused, optimizer fused, not compiled\n" in train(*overrides).output
     overrides += ["model.attention=plain", "optimizer.fused=false"]
     assert (
@@ -305,7 +305,7 @@ def test_a_network_that_cannot_be_compiled_says_so(train, monkeypatch: pytest.Mo
 def test_compiling_without_a_compiler_is_refused(train, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CXX", raising=False)
-    assert "compile=true: on a CPU this needs a C++ compiler" in refused(train, "compile=true")
+    assert "compile=true: on this machine it needs a C++ compiler" in refused(train, "compile=true")
 
 
 @pytest.mark.slow
@@ -407,6 +407,8 @@ def test_fast_dev_run_and_switched_off_parts(train) -> None:
         (["optimizer=sgd", "optimizer.momentum=-1"], "optimizer: Invalid momentum value: -1"),
         (["trainer.max_time=soon"], "trainer: `Timer(duration='soon')` is not a valid duration"),
         (["trainer.precision=16-mixed", "optimizer.fused=true"], "optimizer.fused=true"),
+        (["trainer.precision=16", "optimizer.fused=true"], "optimizer.fused=true"),
+        (["model.dropout=null"], "model.dropout=null: input should be a valid number"),
         (["model.attention=flash"], 'model.attention="flash": input should be'),
     ],
 )  # fmt: skip

@@ -62,7 +62,7 @@ class LanguageModel(L.LightningModule):
         self.last_lr = 0.0  # that the last step was taken with
         self._step_loss = Mean()
         self._step_batches: list[Batch] = []
-        self._step: Step | None = None  # the last one
+        self._unasked: Step | None = None  # the last step, if it is not known yet whether it was a good one
         self._last_loss = torch.zeros(())
         self.epoch_loss = Mean()  # of the training batches
         self._val_loss = Mean()
@@ -115,12 +115,11 @@ class LanguageModel(L.LightningModule):
         On a GPU asking would wait for the step to be done. There the optimizer's kernels are told to leave the weights
         alone, without asking, and the error comes when the next step, or a validation, or the end does.
         """
-        before, self._step = self._step, Step(self)
+        step: Step | None = Step(self)
         if is_asynchronous(self.device) and getattr(optimizer, "_step_supports_amp_scaling", False):
             optimizer.found_inf = (~self.grad_norm.isfinite()).float()  # type: ignore[attr-defined]
-            self._refuse(before)
-        else:
-            self._refuse(self._step)
+            step, self._unasked = self._unasked, step
+        self._refuse(step)
 
     def _refuse(self, step: "Step | None") -> None:
         if step is None or math.isfinite(norm := step.norm.get()):
@@ -140,12 +139,12 @@ class LanguageModel(L.LightningModule):
 
     def on_train_epoch_end(self) -> None:
         """Log the epoch's mean loss."""
-        self._refuse(self._step)
+        self._refuse(self._unasked)
         self.log("train/loss_epoch", self.epoch_loss.value, sync_dist=True)
 
     def on_validation_epoch_start(self) -> None:
         """Start the split's mean."""
-        self._refuse(self._step)
+        self._refuse(self._unasked)
         self._val_loss = Mean()
         self._val_bytes = 0
 
@@ -168,7 +167,7 @@ class LanguageModel(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the epoch's mean so far, and which tokenizer the weights belong to; no step in it is a bad one."""
-        self._refuse(self._step)
+        self._refuse(self._unasked)
         mine = [float(self.epoch_loss.total), float(self.epoch_loss.weight)]
         checkpoint["epoch_loss"] = [mine] * self.trainer.world_size
         if self.trainer.world_size > 1:
