@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, Run
+from omegaconf import OmegaConf
 
 from language_model import run
 from language_model.config import ConfigError
@@ -89,6 +90,19 @@ def test_evaluation_gives_the_figures_that_training_logged(trained: Run, script)
     figures = json.loads((trained.folder / "evaluation.json").read_text())
     for name in ("val/loss", "val/perplexity", "val/bits_per_byte"):
         assert figures[name] == trained.result["metrics"][name]  # to the last digit
+
+
+@pytest.mark.parametrize(
+    ("trained_with", "precision", "loaded_with"), [("fused", "bf16-mixed", "plain"), ("plain", "32-true", "fused")]
+)
+def test_attention_is_that_of_the_machine_that_loads(
+    trained: Run, tmp_path: Path, trained_with: str, precision: str, loaded_with: str
+) -> None:
+    folder = Path(shutil.copytree(trained.folder, tmp_path / "elsewhere"))
+    config = OmegaConf.load(folder / "config.yaml")
+    config.model.attention, config.trainer.precision = trained_with, precision
+    OmegaConf.save(config, folder / "config.yaml")
+    assert load_run(folder, "last").config.model.attention == loaded_with
 
 
 def test_evaluation_on_another_text_by_hand(trained: Run, script, tmp_path: Path) -> None:
