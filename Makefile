@@ -31,7 +31,7 @@ tensorboard: $(VENV)/installed  ## look at every run and sweep
 	$(BIN)/tensorboard --logdir outputs
 
 benchmark: $(VENV)/installed  ## measure speed against the goals in docs/benchmark.md
-	$(BIN)/python scripts/benchmark.py $(args)
+	$(BIN)/python scripts/benchmarks/goals.py $(args)
 
 constraints:  ## make constraints.txt anew from the newest versions that pyproject.toml allows
 	rm -rf .venv-constraints && $(PYTHON) -m venv .venv-constraints

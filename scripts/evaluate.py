@@ -11,17 +11,17 @@ import torch
 from omegaconf import DictConfig
 from rich.table import Table
 
-from language_model.config import ConfigError, blamed_on, build, check_values, entry_point
-from language_model.corpus import TextFiles
-from language_model.data import TokenData
-from language_model.hardware import device_type
-from language_model.load import LoadedRun, load_run
-from language_model.module import LanguageModel
-from language_model.prepare import prepare
-from language_model.run import shown
-from language_model.terminal import speak, terminal
-from language_model.tokenizer import from_file
-from language_model.windows import check_validation
+from language_model.data.datamodule import TokenData
+from language_model.data.prepare import prepare
+from language_model.data.text_files import TextFiles
+from language_model.data.tokenizer_file import tokenizer_from_file
+from language_model.data.windows import check_validation
+from language_model.files import display_path
+from language_model.runs.config import ConfigError, build, check_values, entry_point, errors_for_key
+from language_model.runs.load import LoadedRun, load_run
+from language_model.terminal import setup_logging, terminal
+from language_model.training.hardware import device_type
+from language_model.training.module import LanguageModel
 
 KEYS = {
     "run": str | int,
@@ -36,8 +36,8 @@ KEYS = {
 def main(config: DictConfig) -> None:
     """Print the figures as a table, and keep them as JSON."""
     check_values(config, KEYS)
-    speak()
-    with blamed_on("accelerator"):
+    setup_logging()
+    with errors_for_key("accelerator"):
         device = torch.device(device_type(config.accelerator))
     loaded = load_run(str(config.run), config.checkpoint, device)
     settings = loaded.config
@@ -47,7 +47,7 @@ def main(config: DictConfig) -> None:
     trainer = build(settings, "trainer", logger=False, enable_checkpointing=False, enable_progress_bar=bar)
     module = LanguageModel(loaded.network, torch.optim.SGD, float, loaded.tokenizer)  # neither is asked for a step
     (figures,) = trainer.validate(module, data, verbose=False)
-    terminal.print(f"{shown(loaded.checkpoint)} on {data.name}", soft_wrap=True)
+    terminal.print(f"{display_path(loaded.checkpoint)} on {data.name}", soft_wrap=True)
     table = Table(show_header=False)
     for name, value in figures.items():
         table.add_row(name.removeprefix("val/").replace("_", " "), f"{value:.4f}")
@@ -55,9 +55,9 @@ def main(config: DictConfig) -> None:
     terminal.print(table)
     facts = {"checkpoint": str(loaded.checkpoint), "data": data.name, "tokens": data.num_val_tokens, **figures}
     output = Path(config.output) if config.output else loaded.folder / "evaluation.json"
-    with blamed_on("output"):
+    with errors_for_key("output"):
         output.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-    terminal.print(f"as JSON in {shown(output)}", soft_wrap=True)
+    terminal.print(f"as JSON in {display_path(output)}", soft_wrap=True)
 
 
 def own_validation(loaded: LoadedRun) -> TokenData:
@@ -73,9 +73,9 @@ def own_validation(loaded: LoadedRun) -> TokenData:
 def whole_text(path: str | list[str], loaded: LoadedRun) -> TokenData:
     """Return all of a text as a validation split, in the run's tokens."""
     settings = loaded.config.data
-    with blamed_on("data.path"):
+    with errors_for_key("data.path"):
         text = TextFiles(path, settings.get("field", "text"), settings.get("encoding", "utf-8"))
-        tokenizer = partial(from_file, path=str(loaded.folder / "tokenizer.json"))
+        tokenizer = partial(tokenizer_from_file, path=str(loaded.folder / "tokenizer.json"))
         ends = text.has_jsonl and loaded.tokenizer.end_of_text is not None
         tokens = prepare(text, None, 0.0, tokenizer, ends, Path(settings.cache), enough).train
     sizes = (settings.seq_len, settings.batch_size, settings.stride, settings.num_workers, settings.seed)

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from omegaconf import DictConfig
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 
-from language_model.config import ConfigError, blamed_on, check_values, entry_point
+from language_model.runs.config import ConfigError, check_values, entry_point, errors_for_key
 
 KEYS = {
     "run": str | int,
@@ -34,17 +34,17 @@ def main(config: DictConfig) -> None:
     import numpy as np
     import torch
 
-    from language_model.generate import generate, streamed
-    from language_model.hardware import device_type
-    from language_model.load import load_run
+    from language_model.model.generate import generate, stream_decode
+    from language_model.runs.load import load_run
+    from language_model.training.hardware import device_type
 
-    with blamed_on("accelerator"):
+    with errors_for_key("accelerator"):
         device = torch.device(device_type(config.accelerator))
     loaded = load_run(str(config.run), config.checkpoint, device)
     network: Any = loaded.network
     tokenizer = loaded.tokenizer
     text = prompt(config)
-    with blamed_on("prompt"):
+    with errors_for_key("prompt"):
         if text is None and tokenizer.end_of_text is not None:  # behind which a document begins
             text, ids = "", np.array([tokenizer.end_of_text])
         else:
@@ -59,7 +59,7 @@ def main(config: DictConfig) -> None:
         settings = (config.max_new_tokens, config.temperature, config.top_k, config.top_p, config.seed + i)
         new = generate(network, tokens, *settings, tokenizer.vocab_size, tokenizer.end_of_text)
         print(text, end="", flush=True)
-        for piece in streamed(tokenizer.decode, new):
+        for piece in stream_decode(tokenizer.decode, new):
             print(piece, end="", flush=True)
     print()
 
@@ -69,7 +69,7 @@ def prompt(config: DictConfig) -> str | None:
     if config.prompt is not None and config.prompt_file is not None:
         raise ConfigError("prompt and prompt_file: one of them is enough")
     if config.prompt_file is not None:
-        with blamed_on("prompt_file"):
+        with errors_for_key("prompt_file"):
             return Path(config.prompt_file).read_text(encoding="utf-8")
     return sys.stdin.read() if config.prompt == "-" else None if config.prompt is None else str(config.prompt)
 

@@ -5,7 +5,7 @@
 
 from omegaconf import DictConfig
 
-from language_model.config import ConfigError, build, check, entry_point
+from language_model.runs.config import ConfigError, build, check_config, entry_point
 
 
 @entry_point("prepare")
@@ -13,12 +13,12 @@ def main(config: DictConfig) -> None:
     """Prepare a corpus, as the config says."""
     from rich.table import Column, Table
 
-    from language_model.data import TextData
-    from language_model.run import shown
-    from language_model.terminal import speak, terminal
+    from language_model.data.datamodule import TextData
+    from language_model.files import display_path
+    from language_model.terminal import setup_logging, terminal
 
-    speak()
-    check(config)
+    setup_logging()
+    check_config(config)
     data = build(config, "data")
     if not isinstance(data, TextData):
         raise ConfigError("data: only text is to be prepared")
@@ -28,7 +28,7 @@ def main(config: DictConfig) -> None:
         table.add_row(what, *(f"{facts[what]:,}" for facts in corpus.facts.values()))
     table.add_row("bytes a token", *(f"{facts['bytes'] / facts['tokens']:.2f}" for facts in corpus.facts.values()))
     terminal.print(table)
-    terminal.print(f"vocabulary {corpus.tokenizer.vocab_size:,}, kept in {shown(corpus.folder)}", soft_wrap=True)
+    terminal.print(f"vocabulary {corpus.tokenizer.vocab_size:,}, kept in {display_path(corpus.folder)}", soft_wrap=True)
 
 
 if __name__ == "__main__":

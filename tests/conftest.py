@@ -14,7 +14,8 @@ import torch
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
-from language_model import plots, run, sweep
+from language_model.runs.folder import write_result
+from language_model.sweeps import job, summary
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -114,30 +115,30 @@ class Jobs:
         self.outcome: Callable[[DictConfig], float | str] = lambda config: config.optimizer.lr
         self.config: DictConfig
 
-    def do_job(self, config: DictConfig) -> None:
+    def run_job(self, config: DictConfig) -> None:
         self.config = config
-        real_do_job(config)
+        real_run_job(config)
 
-    def alone(self, folder: Path, label: str, environment: dict[str, str]) -> str | None:
+    def run_in_subprocess(self, folder: Path, launcher: str, environment: dict[str, str]) -> str | None:
         self.done.append(folder.name)
         OmegaConf.save(self.config, folder / "config.yaml", resolve=True)
         came_to = self.outcome(self.config)
         result = {"steps": 10, "seconds": 2.0, "monitor": "train/loss_epoch", "best": came_to, "metrics": {}}
         if isinstance(came_to, str):
             result = {"status": "failed", "error": came_to}
-        run.save_result(folder, {"status": "finished"} | result)
+        write_result(folder, {"status": "finished"} | result)
         return came_to if isinstance(came_to, str) else None
 
 
-real_do_job = sweep.do_job
+real_run_job = job.run_job
 
 
 @pytest.fixture
 def jobs(monkeypatch: pytest.MonkeyPatch) -> Jobs:
     made_up = Jobs()
-    monkeypatch.setattr(sweep, "do_job", made_up.do_job)
-    monkeypatch.setattr(sweep, "alone", made_up.alone)
-    monkeypatch.setattr(plots, "sweep", lambda groups, file: None)  # takes half a second
+    monkeypatch.setattr(job, "run_job", made_up.run_job)
+    monkeypatch.setattr(job, "run_in_subprocess", made_up.run_in_subprocess)
+    monkeypatch.setattr(summary, "plot_sweep", lambda series, metric, file: None)  # takes half a second
     return made_up
 
 

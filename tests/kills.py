@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from language_model import module
+from language_model.training import module
 
-for name in ("checkpoint", "callbacks", "report"):
+for name in ("runs.fit", "runs.announce", "training.checkpoint", "training.callbacks", "sweeps.pruning"):
     importlib.import_module(f"language_model.{name}")  # once, before the forks
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -10,12 +10,14 @@ import torch
 from rich.console import Console as Terminal
 from test_module import Bigram, batches, loader
 
-from language_model import callbacks, terminal
-from language_model.callbacks import Console, GradientNorm, Sample, Throughput
-from language_model.module import LanguageModel
-from language_model.optim import adamw
-from language_model.schedule import constant
-from language_model.tokenizer import CharTokenizer
+from language_model import terminal
+from language_model.data.tokenizer import CharTokenizer
+from language_model.training.callbacks import Console, GradientNorm, Sample, Throughput
+from language_model.training.callbacks import console as console_module
+from language_model.training.callbacks import throughput as throughput_module
+from language_model.training.module import LanguageModel
+from language_model.training.optimizer import adamw
+from language_model.training.schedule import constant
 
 
 @pytest.fixture
@@ -84,7 +86,7 @@ def test_a_gradient_norm_that_stays_far_above_the_clip_is_warned_of_once(
 @pytest.mark.filterwarnings("ignore:.*")
 def test_throughput_counts_tokens_and_leaves_validation_out(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(range(1_000))
-    monkeypatch.setattr(callbacks.time, "perf_counter", lambda: float(next(clock)))
+    monkeypatch.setattr(throughput_module.time, "perf_counter", lambda: float(next(clock)))
     throughput = Throughput()
     logged: list[float] = []
 
@@ -130,7 +132,7 @@ def test_validations_inside_an_epoch_have_lines_of_their_own(said: list[str]) ->
 @pytest.mark.filterwarnings("ignore:.*")
 def test_the_bar_shows_loss_rate_speed_and_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     screen = Terminal(force_terminal=True, width=140, highlight=False, record=True, file=io.StringIO())
-    monkeypatch.setattr(callbacks, "terminal", screen)
+    monkeypatch.setattr(console_module, "terminal", screen)
     shown: list[str] = []
 
     class Look(L.Callback):
@@ -150,7 +152,7 @@ def test_the_bar_shows_loss_rate_speed_and_steps(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.filterwarnings("ignore:.*")
 def test_the_bar_is_taken_away_when_training_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     screen = Terminal(force_terminal=True, file=io.StringIO())
-    monkeypatch.setattr(callbacks, "terminal", screen)
+    monkeypatch.setattr(console_module, "terminal", screen)
 
     class Failing(L.Callback):
         def on_train_batch_end(self, *args) -> None:
@@ -179,7 +181,7 @@ def test_a_sample_starts_with_its_prompt_and_disturbs_nothing() -> None:
     network = Bigram().train()
     network.max_seq_len = 3
     state = torch.get_rng_state()
-    text = Sample(max_new_tokens=7).speak(network, CharTokenizer("abcde"), "bad")
+    text = Sample(max_new_tokens=7).generate_sample(network, CharTokenizer("abcde"), "bad")
     assert len(text) == 10
     assert text.startswith("bad")
     assert network.training
@@ -200,7 +202,7 @@ def test_log_lines_reach_the_terminal_unwrapped(monkeypatch: pytest.MonkeyPatch,
 
 @pytest.mark.filterwarnings("ignore:.*")
 def test_mfu_is_operations_over_the_peak(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(callbacks, "peak_flops", lambda device, precision: 1e9)
+    monkeypatch.setattr(throughput_module, "peak_flops", lambda device, precision: 1e9)
     monkeypatch.setattr(Bigram, "flops_per_token", lambda self, seq_len: 1000 * seq_len, raising=False)
     throughput = Throughput()
     trainer = fit([throughput])

@@ -10,9 +10,13 @@ import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from language_model import run
-from language_model.checkpoint import AtomicCheckpointIO, get_random_state, lengths, plain, rewind, set_random_state
-from language_model.config import ConfigError
+from language_model.runs.config import ConfigError
+from language_model.runs.load import load_checkpoint
+from language_model.training.checkpoint import (
+    AtomicCheckpointIO,
+)
+from language_model.training.log_files import log_file_lengths, truncate_logs
+from language_model.training.random_state import get_random_state, set_random_state, to_plain_values
 
 
 def test_a_checkpoint_is_written_and_read(tmp_path: Path) -> None:
@@ -46,7 +50,7 @@ def test_a_failed_write_leaves_the_one_before(tmp_path: Path, monkeypatch: pytes
 
 def test_every_generator_comes_back(tmp_path: Path) -> None:
     random.gauss(0, 1)  # leaves a second number for the next call
-    torch.save(plain(get_random_state()), tmp_path / "state")
+    torch.save(to_plain_values(get_random_state()), tmp_path / "state")
     drawn = [(torch.rand(3).tolist(), random.gauss(0, 1), random.random(), np.random.rand()) for _ in range(3)]
     random.seed(5)
     set_random_state(torch.load(tmp_path / "state", weights_only=True))
@@ -73,14 +77,14 @@ def test_metrics_files_are_cut_to_what_they_were(tmp_path: Path) -> None:
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     trainer = loggers(killed)
     log(trainer, 0, 5)
-    length = lengths(trainer)
+    length = log_file_lengths(trainer)
     assert length["metrics.csv"] == 5
     log(trainer, 5, 8, accuracy=0.5)
     for logger in trainer.loggers:
         logger.finalize("failed")
     trainer = loggers(killed)
-    rewind(trainer, tmp_path / "another", {})
-    rewind(trainer, killed, length)
+    truncate_logs(trainer, tmp_path / "another", {})
+    truncate_logs(trainer, killed, length)
     log(trainer, 5, 9, accuracy=0.25)
     for logger in trainer.loggers:
         logger.finalize("success")
@@ -101,14 +105,14 @@ def test_metrics_files_are_cut_to_what_they_were(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04broken", b"no checkpoint at all", b"\x80\x02."])
 def test_damaged_files_are_named(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "last.ckpt").write_bytes(content)
-    with pytest.raises(ConfigError, match=r"last.ckpt is damaged, or no checkpoint"):
-        run.read(tmp_path / "last.ckpt")
+    with pytest.raises(ConfigError, match=r"last.ckpt is damaged, or not a checkpoint"):
+        load_checkpoint(tmp_path / "last.ckpt")
 
 
 def test_other_peoples_files_are_named(tmp_path: Path) -> None:
     torch.save({"weight": torch.ones(1)}, tmp_path / "theirs.pt")
-    with pytest.raises(ConfigError, match=r"theirs.pt is no checkpoint of a run"):
-        run.read(tmp_path / "theirs.pt")
+    with pytest.raises(ConfigError, match=r"theirs.pt is not a checkpoint of a run"):
+        load_checkpoint(tmp_path / "theirs.pt")
     torch.save(torch.nn.Linear(1, 1), tmp_path / "theirs.pt")
     with pytest.raises(ConfigError, match=r"theirs.pt holds more than numbers and text, .*: refused"):
-        run.read(tmp_path / "theirs.pt")
+        load_checkpoint(tmp_path / "theirs.pt")

@@ -8,9 +8,9 @@ import pytest
 from conftest import ROOT
 from scipy import stats
 
-from language_model.compare import compare, compare_settings, seeds_needed
-from language_model.config import ConfigError
-from language_model.summary import Row
+from language_model.runs.config import ConfigError
+from language_model.sweeps.compare import compare, compare_settings, seeds_needed
+from language_model.sweeps.summary import Row
 
 
 def rows(by: dict[str, dict[int, float]], key: str = "model.position") -> list[Row]:
@@ -50,7 +50,7 @@ def test_less_is_better(shift: float, verdict: str) -> None:
     ours = {seed: value + shift + wobble[seed] for seed, value in baseline.items()}
     (found,) = compare_settings(rows({"learned": baseline, "rotary": ours}), "model.position")
     assert (found.setting, found.baseline, found.verdict) == ("rotary", "learned", verdict)
-    assert (found.further is None) == (verdict != "undecided") or found.further is None
+    assert (found.more_seeds is None) == (verdict != "undecided") or found.more_seeds is None
 
 
 def test_pairing_sees_what_two_samples_do_not() -> None:
@@ -91,8 +91,8 @@ def test_the_seeds_asked_for_decide_as_often_as_promised() -> None:
 @pytest.mark.parametrize(
     ("by", "options", "found"),
     [
-        ({"a": {0: 1.0, 1: 1.1}, "b": {0: 1.0}}, {}, "b against a: 1 and 2 values; two seeds of each are the least"),
-        ({"a": {0: 1.0, 1: 1.1}}, {}, "by=model.position: this does not vary in the sweep; known: seed"),
+        ({"a": {0: 1.0, 1: 1.1}, "b": {0: 1.0}}, {}, "b against a: 1 and 2 values; at least two seeds of each"),
+        ({"a": {0: 1.0, 1: 1.1}}, {}, "by=model.position: does not vary in the sweep; known: seed"),
         ({"a": {0: 1.0, 1: 1.1}, "b": {0: 1.0}}, {"baseline": "c"}, "baseline=c: .*no such value; choose from a, b"),
     ],
 )  # fmt: skip
@@ -155,7 +155,7 @@ def test_the_script(sweep: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     [
         (["sweep=nowhere", "by=seed"], "sweep=nowhere: there is no such sweep"),
         (["by=seed"], "sweep: a value is needed"),
-        (["by=model.positon"], "by=model.positon: this does not vary in the sweep; did you mean model.position?"),
+        (["by=model.positon"], "by=model.positon: does not vary in the sweep; did you mean model.position?"),
         (["by=model.position", "confidence=2"], "confidence=2: input should be less than 1"),
         (["by=model.position", "baseline=sinus"], "baseline=sinus: model.position has no such value"),
         (["by=model.position", "output=/nowhere/x.json"], "output: /nowhere/x.json"),

@@ -9,7 +9,17 @@ from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf
 from pydantic import PositiveInt
 
-from language_model.config import ROOT, ConfigError, build, check, entry_point, flat, name_or_time, plain, quoted
+from language_model.runs.config import (
+    ROOT,
+    ConfigError,
+    as_dict,
+    build,
+    check_config,
+    entry_point,
+    flatten,
+    name_or_timestamp,
+    quote_override,
+)
 
 CONF = ROOT / "conf"
 GROUPS = sorted(f"{path.parent.name}={path.stem}" for path in CONF.glob("*/*.yaml"))
@@ -28,7 +38,7 @@ def composed(*overrides: str) -> DictConfig:
 
 @pytest.mark.parametrize("choice", GROUPS)
 def test_every_file_in_conf_fits_what_it_builds(choice: str) -> None:
-    check(composed(choice, *([NEEDED[choice]] if choice in NEEDED else [])))
+    check_config(composed(choice, *([NEEDED[choice]] if choice in NEEDED else [])))
 
 
 def test_the_defaults_are_the_chapters_section_8() -> None:
@@ -40,9 +50,9 @@ def test_the_defaults_are_the_chapters_section_8() -> None:
         "schedule.min_lr": 1e-5, "schedule.warmup_steps": 50, "trainer.gradient_clip_val": 1.0,
         "callbacks.console.log_interval": 5, "callbacks.every.every_n_epochs": 25,
     }  # fmt: skip
-    values = flat(plain(config))
+    values = flatten(as_dict(config))
     assert {key: values[key] for key in chapter} == chapter
-    assert values["optimizer._target_"] == "language_model.optim.adamw"
+    assert values["optimizer._target_"] == "language_model.training.optimizer.adamw"
     assert values["trainer.accelerator"] == "auto"
 
 
@@ -52,7 +62,7 @@ def test_every_parameter_that_can_be_set_is_listed() -> None:
 
     import hydra
 
-    for key, node in plain(composed()).items():
+    for key, node in as_dict(composed()).items():
         nodes = (
             [node]
             if isinstance(node, dict) and "_target_" in node
@@ -97,7 +107,7 @@ def test_every_parameter_that_can_be_set_is_listed() -> None:
 )
 def test_a_wrong_value_is_told_in_one_line(overrides: list[str], says: str) -> None:
     with pytest.raises(ConfigError) as error:
-        check(composed(*overrides))
+        check_config(composed(*overrides))
     assert str(error.value).startswith(says) or says in str(error.value).split("; or")[0]
     assert "\n" not in str(error.value)
 
@@ -122,7 +132,7 @@ def test_a_class_of_the_users_is_built_and_checked_by_its_annotations() -> None:
     part = build(node(size=3, kind="b"), "part")
     assert (part.size, part.kind) == (3, "b")
     assert build(node(kind="b"), "part", size=4).size == 4
-    check(node(size=None))  # may be worked out later
+    check_config(node(size=None))  # may be worked out later
 
 
 @pytest.mark.parametrize(
@@ -143,9 +153,9 @@ def test_what_cannot_be_built_is_told_in_one_line(keys: dict, says: str) -> None
 
 
 def test_names() -> None:
-    assert name_or_time("mine") == "mine"
-    assert name_or_time(7) == "7"
-    assert len({name_or_time(None) for _ in range(50)}) == 50
+    assert name_or_timestamp("mine") == "mine"
+    assert name_or_timestamp(7) == "7"
+    assert len({name_or_timestamp(None) for _ in range(50)}) == 50
 
 
 @pytest.mark.parametrize(
@@ -186,7 +196,7 @@ def test_a_config_error_ends_a_script_with_one_line(monkeypatch: pytest.MonkeyPa
 
 @given(text=st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1))
 def test_any_text_can_be_a_value(text: str) -> None:
-    argument = quoted(f"prompt={text}", literal=("prompt",))
+    argument = quote_override(f"prompt={text}", literal=("prompt",))
     if not (len(text) > 1 and text[0] == text[-1] and text[0] in "'\""):
         assert OverridesParser.create().parse_override(argument).value() == text
 
@@ -203,7 +213,7 @@ def test_any_text_can_be_a_value(text: str) -> None:
     ],
 )
 def test_other_values_are_hydras_where_it_can_read_them(argument: str, value: object) -> None:
-    assert OverridesParser.create().parse_override(quoted(argument)).value() == value
-    assert quoted("-m") == "-m"
-    assert quoted("--cfg=job") == "--cfg=job"
-    assert quoted("lr=1,2") == "lr=1,2"  # a sweep
+    assert OverridesParser.create().parse_override(quote_override(argument)).value() == value
+    assert quote_override("-m") == "-m"
+    assert quote_override("--cfg=job") == "--cfg=job"
+    assert quote_override("lr=1,2") == "lr=1,2"  # a sweep

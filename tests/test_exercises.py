@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from language_model import exercises
+from language_model.sweeps import exercises
 
 
 def a_run(folder: Path, settings: dict, metrics: dict[str, list[float]], **result) -> Path:

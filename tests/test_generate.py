@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from language_model.generate import generate, streamed
-from language_model.gpt import GPT
+from language_model.model.generate import generate, stream_decode
+from language_model.model.gpt import GPT
 
 
 class Counting(torch.nn.Module):
@@ -127,6 +127,6 @@ def test_characters_are_streamed_whole() -> None:
     def decode(some: list[int]) -> str:
         return bytes(some).decode("utf-8", "replace")
 
-    assert list(streamed(decode, ids)) == list(text)
-    assert list(streamed(decode, ids[:-2])) == ["a", "é", "学", "\ufffd"]
-    assert "".join(streamed(decode, [0xFF] * 20 + [97])).endswith("a")
+    assert list(stream_decode(decode, ids)) == list(text)
+    assert list(stream_decode(decode, ids[:-2])) == ["a", "é", "学", "\ufffd"]
+    assert "".join(stream_decode(decode, [0xFF] * 20 + [97])).endswith("a")

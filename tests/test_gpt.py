@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from language_model.gpt import GPT, Dropout, rotary_angles, rotate
+from language_model.model.gpt import GPT, Dropout, rotary_angles, rotate
 
 SIZES = {"vocab_size": 11, "d_model": 16, "n_heads": 2, "n_layers": 2, "d_ff": 24, "max_seq_len": 12}
 PARTS = [
@@ -68,7 +68,7 @@ def test_with_gpt2s_parts_the_logits_are_transformers_gpt2s(tie_embeddings: bool
 
 
 def test_plain_attention_gives_the_fused_kernels_result() -> None:
-    fused, plain = (scrambled(position="rotary", qk_norm=True, attention=how) for how in ("fused", "plain"))
+    fused, plain = (scrambled(position="rotary", qk_norm=True, attention=how) for how in ("fused", "unfused"))
     plain.load_state_dict(fused.state_dict())
     tokens = torch.randint(11, (2, 9))
     torch.testing.assert_close(plain(tokens), fused(tokens), rtol=1e-5, atol=1e-5)
@@ -168,7 +168,7 @@ def test_with_zero_init_every_block_starts_as_the_identity() -> None:
 def test_gpt2_presets_have_the_published_size(preset: str, parameters: int) -> None:
     from hydra import compose, initialize_config_dir
 
-    from language_model.config import ROOT, build
+    from language_model.runs.config import ROOT, build
 
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         config = compose("train", [f"model={preset}", "vocab_size=50257"])
@@ -230,7 +230,7 @@ def test_operations_are_those_of_gpt_2() -> None:
     weights = 12 * 12 * 768**2 + 50257 * 768
     assert gpt2.flops_per_token(1024) == 6 * weights + 12 * 12 * 768 * 1024
     # As counted by torch while it runs: forward and backward, attention in full.
-    small = GPT(11, 16, 2, 3, 24, 12, tie_embeddings=False, attention="plain")  # whose products are counted
+    small = GPT(11, 16, 2, 3, 24, 12, tie_embeddings=False, attention="unfused")  # whose products are counted
     tokens = torch.zeros(2, 12, dtype=torch.int64)
     with FlopCounterMode(display=False) as counter:
         small(tokens).sum().backward()

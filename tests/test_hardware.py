@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from language_model import hardware
+from language_model.training import hardware
 
 
 @pytest.mark.parametrize(
@@ -42,9 +42,9 @@ def test_what_an_accelerator_stands_for(
 
 def test_devices_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Card X")
-    assert hardware.describe(torch.device("cuda", 1)) == "Card X (cuda:1)"
-    assert hardware.describe(torch.device("cpu")).endswith(f"{torch.get_num_threads()} threads)")
-    assert hardware.describe(torch.device("mps")) == "mps"
+    assert hardware.describe_device(torch.device("cuda", 1)) == "Card X (cuda:1)"
+    assert hardware.describe_device(torch.device("cpu")).endswith(f"{torch.get_num_threads()} threads)")
+    assert hardware.describe_device(torch.device("mps")) == "mps"
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ def test_compiling_is_worth_it_on_long_runs_on_gpus(
 
 @pytest.mark.parametrize(
     ("device", "precision", "dropout", "attention"),
-    [("cpu", "bf16-mixed", 0.0, "plain"), ("cpu", "32-true", 0.1, "plain"), ("cpu", "32-true", 0.0, "fused"),
+    [("cpu", "bf16-mixed", 0.0, "unfused"), ("cpu", "32-true", 0.1, "unfused"), ("cpu", "32-true", 0.0, "fused"),
      ("cuda", "bf16-mixed", 0.1, "fused"), ("cuda", "32-true", 0.0, "fused")],
 )  # fmt: skip
 def test_plain_attention_is_for_cpus(device: str, precision: str, dropout: float, attention: str) -> None:
@@ -116,7 +116,7 @@ def test_no_compiler_but_the_one_that_is_named(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize(("short", "full"), [(16, "16-mixed"), ("bf16", "bf16-mixed"), (32, "32-true"),
                                              ("32-true", "32-true"), ("64", "64-true")])  # fmt: skip
 def test_precisions_have_one_name(short: str | int, full: str) -> None:
-    assert hardware.full_name(short) == full
+    assert hardware.full_precision_name(short) == full
 
 
 def test_float16s_gradients_are_not_for_a_fused_optimizer() -> None:

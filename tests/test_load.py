@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from conftest import ROOT, Run
 from omegaconf import OmegaConf
 
-from language_model import run
-from language_model.config import ConfigError
-from language_model.load import load_run
+from language_model.runs import folder as run
+from language_model.runs.config import ConfigError
+from language_model.runs.load import load_run
 
 STORED = Path(__file__).parent / "stored_run"
 
@@ -93,7 +93,7 @@ def test_evaluation_gives_the_figures_that_training_logged(trained: Run, script)
 
 
 @pytest.mark.parametrize(
-    ("trained_with", "precision", "loaded_with"), [("fused", "bf16-mixed", "plain"), ("plain", "32-true", "fused")]
+    ("trained_with", "precision", "loaded_with"), [("fused", "bf16-mixed", "unfused"), ("unfused", "32-true", "fused")]
 )
 def test_attention_is_that_of_the_machine_that_loads(
     trained: Run, tmp_path: Path, trained_with: str, precision: str, loaded_with: str
@@ -125,8 +125,8 @@ def test_evaluation_on_another_text_by_hand(trained: Run, script, tmp_path: Path
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["run=nothing"], "run=nothing: there is no such run"),
-        (["checkpoint=first"], "checkpoint=first: first does not exist; there: best, last"),
+        (["run=nothing"], "run=nothing: no such run"),
+        (["checkpoint=first"], "checkpoint=first: first does not exist; available: best, last"),
         (["data.path=nothing.txt"], "data.path: nothing.txt: no such file"),
         (["data.path=a.txt"], "data.path: the text has too few tokens, 1"),
         (["output=missing/x.json"], "output: missing/x.json: no such file"),
@@ -171,7 +171,7 @@ def test_generation_goes_on_from_the_prompt(trained: Run, script, tmp_path: Path
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["run=nothing"], "run=nothing: there is no such run"),
+        (["run=nothing"], "run=nothing: no such run"),
         (["prompt=''"], "prompt: it is empty; at least one token is needed"),
         (["prompt=Shall 1"], "prompt: character '1' (U+0031) at position 6 is not among the tokenizer's 43"),
         (["temperature=-1"], "temperature=-1: input should be greater than or equal to 0"),
@@ -182,7 +182,7 @@ def test_generation_goes_on_from_the_prompt(trained: Run, script, tmp_path: Path
         (["num_samples=0"], "num_samples=0: input should be greater than 0"),
         (["prompt_file=nothing.txt"], "prompt_file: nothing.txt: no such file"),
         (["prompt=a", "prompt_file=b"], "prompt and prompt_file: one of them is enough"),
-        (["checkpoint=nothing.ckpt"], "checkpoint=nothing.ckpt: nothing.ckpt does not exist; there: last"),
+        (["checkpoint=nothing.ckpt"], "checkpoint=nothing.ckpt: nothing.ckpt does not exist; available: last"),
         (["accelerator=abacus"], "accelerator: "),
         (["tmperature=1"], "tmperature: unknown key; did you mean temperature?"),
     ],
@@ -192,5 +192,5 @@ def test_generation_refuses(script, arguments: list[str], says: str) -> None:
 
 
 def test_a_run_without_the_checkpoint_says_what_there_is() -> None:
-    with pytest.raises(ConfigError, match=r"checkpoint=best: .*best.ckpt does not exist; there: last"):
+    with pytest.raises(ConfigError, match=r"checkpoint=best: .*best.ckpt does not exist; available: last"):
         load_run(STORED, "best")

@@ -9,13 +9,13 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-import language_model.module
-from language_model.checkpoint import Last
-from language_model.module import LanguageModel, NonFiniteError
-from language_model.optim import adamw, muon
-from language_model.schedule import constant, warmup_cosine
-from language_model.tokenizer import CharTokenizer, IdTokenizer
-from language_model.windows import IGNORED
+import language_model.training.module
+from language_model.data.tokenizer import CharTokenizer, IdTokenizer
+from language_model.data.windows import IGNORED
+from language_model.training.checkpoint import LastCheckpoint
+from language_model.training.module import LanguageModel, NonFiniteError
+from language_model.training.optimizer import adamw, muon
+from language_model.training.schedule import constant, warmup_cosine
 
 V = 5
 ABCDE = CharTokenizer("abcde")
@@ -215,7 +215,7 @@ def test_where_a_device_works_on_a_bad_step_is_left_out_and_told_later(
     tmp_path, monkeypatch: pytest.MonkeyPatch, optimizer, bad: int, every: int | None, saved: int
 ) -> None:
     """As on a GPU: the weights stay as they were before that step; it is named, also if it was the last; not kept."""
-    monkeypatch.setattr(language_model.module, "is_asynchronous", lambda device: True)
+    monkeypatch.setattr(language_model.training.module, "is_asynchronous", lambda device: True)
     weights = []
 
     class Explodes(Bigram):
@@ -223,7 +223,7 @@ def test_where_a_device_works_on_a_bad_step_is_left_out_and_told_later(
             weights.append(self.table.weight.detach().clone())
             return super().forward(tokens) * (math.inf if len(weights) == bad + 1 else 1.0)
 
-    network, last = Explodes(), Last(str(tmp_path), every_n_steps=every)
+    network, last = Explodes(), LastCheckpoint(str(tmp_path), every_n_steps=every)
     with pytest.raises(NonFiniteError, match=f"the gradient of step {bad} is not finite"):
         fit(tmp_path, network, batches(6), optimizer=optimizer, gradient_clip_val=1.0, callbacks=[last])
     assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == saved
@@ -235,7 +235,7 @@ def test_where_a_device_works_on_a_bad_step_is_left_out_and_told_later(
 @pytest.mark.parametrize("make", [partial(adamw, lr=0.1), partial(muon, lr=0.1, not_muon=())])
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_resumed_run_has_its_optimizer_fused_or_not_as_it_is_set_now(tmp_path, make, fused: bool) -> None:
-    last = Last(str(tmp_path), every_n_steps=None)
+    last = LastCheckpoint(str(tmp_path), every_n_steps=None)
     fit(tmp_path, Bigram(), batches(2), optimizer=partial(make, fused=not fused), callbacks=[last])
     file = tmp_path / "last.ckpt"
     _, trainer, _ = fit(

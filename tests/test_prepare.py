@@ -11,10 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from language_model import prepare as module
-from language_model.corpus import TextFiles
-from language_model.prepare import Corpus, at_spaces, prepare, remembered, smallest_dtype
-from language_model.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, from_file
+from language_model.data import prepare as module
+from language_model.data.bpe import BPETokenizer
+from language_model.data.prepare import Corpus, at_spaces, cached_fact, prepare, smallest_dtype
+from language_model.data.text_files import TextFiles
+from language_model.data.tokenizer import ByteTokenizer, CharTokenizer
+from language_model.data.tokenizer_file import tokenizer_from_file
 
 TEXT = "Shall I compare thee to a summer's day?\nThou art more lovely and more temperate:\n" * 40
 
@@ -23,7 +25,9 @@ TEXT = "Shall I compare thee to a summer's day?\nThou art more lovely and more t
 def prepared(tmp_path: Path):
     """Prepare text.txt, with some content."""
 
-    def make(content: str = TEXT, tokenizer=CharTokenizer.of, val: TextFiles | None = None, **settings) -> Corpus:
+    def make(
+        content: str = TEXT, tokenizer=CharTokenizer.from_texts, val: TextFiles | None = None, **settings
+    ) -> Corpus:
         file = tmp_path / "text.txt"
         if not file.exists() or file.read_bytes() != content.encode():
             file.write_bytes(content.encode())
@@ -34,7 +38,9 @@ def prepared(tmp_path: Path):
     return make
 
 
-@pytest.mark.parametrize("tokenizer", [CharTokenizer.of, ByteTokenizer.of, partial(BPETokenizer.train, vocab_size=300)])
+@pytest.mark.parametrize(
+    "tokenizer", [CharTokenizer.from_texts, ByteTokenizer.from_texts, partial(BPETokenizer.train, vocab_size=300)]
+)
 def test_the_tokens_are_the_texts(prepared, tokenizer) -> None:
     text = TEXT + "学而时习之"
     corpus = prepared(text * 2, tokenizer)
@@ -96,7 +102,7 @@ def test_a_corpus_is_prepared_once(prepared, tmp_path: Path, monkeypatch: pytest
 
 def test_whatever_changes_the_tokens_makes_another_corpus(prepared, tmp_path: Path) -> None:
     CharTokenizer(TEXT + "z").save(tmp_path / "tokenizer.json")
-    from_elsewhere = partial(from_file, path=str(tmp_path / "tokenizer.json"))
+    from_elsewhere = partial(tokenizer_from_file, path=str(tmp_path / "tokenizer.json"))
     other = tmp_path / "val.txt"
     other.write_text(TEXT[:100])
     made = [
@@ -104,8 +110,8 @@ def test_whatever_changes_the_tokens_makes_another_corpus(prepared, tmp_path: Pa
         prepared(TEXT + "\n"),
         prepared(val_fraction=0.2),
         prepared(val=TextFiles(str(other))),
-        prepared(tokenizer=ByteTokenizer.of),
-        prepared(tokenizer=ByteTokenizer.of, end_of_text=True),
+        prepared(tokenizer=ByteTokenizer.from_texts),
+        prepared(tokenizer=ByteTokenizer.from_texts, end_of_text=True),
         prepared(tokenizer=partial(BPETokenizer.train, vocab_size=300)),
         prepared(tokenizer=partial(BPETokenizer.train, vocab_size=301)),
         prepared(tokenizer=from_elsewhere),
@@ -138,7 +144,7 @@ def test_a_text_that_changes_meanwhile(prepared, tmp_path: Path) -> None:
     def tokenizer(texts, end_of_text):
         with (tmp_path / "text.txt").open("a") as file:
             file.write("a")
-        return CharTokenizer.of(texts, end_of_text)
+        return CharTokenizer.from_texts(texts, end_of_text)
 
     with pytest.raises(ValueError, match=r"text.txt changed while it was read"):
         prepared(tokenizer=tokenizer)
@@ -151,7 +157,7 @@ def test_what_is_known_of_a_large_file_is_remembered_until_it_changes(tmp_path: 
     file.write_text("abc")
     os.utime(file, (1, 1))
     asked = iter(range(100))
-    ask = partial(remembered, "what", file, tmp_path / "cache", lambda: next(asked))
+    ask = partial(cached_fact, "what", file, tmp_path / "cache", lambda: next(asked))
     assert [ask(), ask()] == [0, 0]
     os.utime(file, (2, 2))
     assert [ask(), ask()] == [1, 1]
@@ -159,15 +165,15 @@ def test_what_is_known_of_a_large_file_is_remembered_until_it_changes(tmp_path: 
     assert [ask(), ask()] == [2, 3]
     file.write_text("ab")
     assert [ask(), ask()] == [4, 5]
-    assert remembered("another", file, tmp_path / "cache", lambda: "new") == "new"
+    assert cached_fact("another", file, tmp_path / "cache", lambda: "new") == "new"
 
 
 SCRIPT = """
 import sys, time
 from pathlib import Path
-from language_model.corpus import TextFiles
-from language_model.prepare import prepare
-from language_model.tokenizer import ByteTokenizer
+from language_model.data.text_files import TextFiles
+from language_model.data.prepare import prepare
+from language_model.data.tokenizer import ByteTokenizer
 class Slow(ByteTokenizer):
     def encode(self, text):
         print("encoding", flush=True)

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from language_model.schedule import constant, steps_in_run, warmup_cosine, warmup_linear
+from language_model.training.schedule import constant, steps_in_run, warmup_cosine, warmup_linear
 
 
 def chapters(step: int, total_steps: int, max_lr: float, min_lr: float, warmup_steps: int) -> float:

@@ -83,7 +83,7 @@ def test_memory_stays_bounded(script: Script, tmp_path: Path) -> None:
     """What the benchmark measures, at sizes that a test can afford: the limits are those for 2 GB and 100 GB."""
     figures = tmp_path / "figures.json"
     done = script(
-        "benchmark_data.py",
+        "benchmarks/data.py",
         "text_gb=0.02",
         "tokens_gb=100",
         "rounds=1",
@@ -99,7 +99,7 @@ def test_memory_stays_bounded(script: Script, tmp_path: Path) -> None:
 
 @pytest.fixture
 def benchmark() -> ModuleType:
-    specification = importlib.util.spec_from_file_location("benchmark", ROOT / "scripts" / "benchmark.py")
+    specification = importlib.util.spec_from_file_location("benchmark", ROOT / "scripts" / "benchmarks" / "goals.py")
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
     return module
@@ -146,7 +146,7 @@ def test_a_benchmark_that_cannot_be(benchmark: ModuleType, monkeypatch, argument
 @pytest.mark.slow
 def test_the_benchmark_as_a_user_runs_it(script: Script, tmp_path: Path) -> None:
     sonnets = ROOT / "src" / "language_model" / "sonnets.txt"
-    done = script("benchmark.py", "goals=[8,9]", "rounds=1", f"path={sonnets}", "table=table.md")
+    done = script("benchmarks/goals.py", "goals=[8,9]", "rounds=1", f"path={sonnets}", "table=table.md")
     assert done.returncode == 0, done.stderr
     table = (tmp_path / "table.md").read_text()
     assert "| 9 | `scripts/train.py --help` | ≤ 1 s |" in table

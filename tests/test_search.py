@@ -11,8 +11,10 @@ from filelock import FileLock
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
-from language_model import run, summary
-from language_model.search import Pruning, ends, open_study, space
+from language_model.files import write_json
+from language_model.sweeps import summary
+from language_model.sweeps.pruning import Pruning
+from language_model.sweeps.study import distribution_of, end_values, open_study
 
 SEARCH = ["hydra/sweeper=search", "hydra.sweeper.n_trials=6", "optimizer.lr=tag(log,interval(1e-4,1e-1))"]
 
@@ -35,9 +37,9 @@ def study_of(tmp_path: Path) -> optuna.Study:
     ],
 )
 def test_spaces_are_declared_in_hydras_words(override: str, distribution, ends_of_it: list[str]) -> None:
-    found = space(OverridesParser.create().parse_override(override))
+    found = distribution_of(OverridesParser.create().parse_override(override))
     assert found == distribution
-    assert ends(found) == ends_of_it
+    assert end_values(found) == ends_of_it
 
 
 def test_a_search_finds_what_is_good(multirun: Sweep, jobs: Jobs, tmp_path: Path) -> None:
@@ -106,7 +108,7 @@ def test_what_fails_is_told(multirun: Sweep, jobs: Jobs, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("overrides", "found"),
     [
-        (["hydra/sweeper=search", "seed=1"], "a space to search in is needed"),
+        (["hydra/sweeper=search", "seed=1"], "needs a search space"),
         ([*SEARCH, "hydra.sweeper.n_trials=0"], "hydra.sweeper.n_trials=0: input should be greater than 0"),
         ([*SEARCH, "optimizer.lr=interval(-1.0,1.0)"], "optimizer.lr=-1.0: input should be greater than 0"),
         ([*SEARCH, "optimizer.lr=interval(1.0,0.1)"], "hydra/sweeper=search: "),
@@ -141,7 +143,7 @@ def test_a_trial_that_is_hopeless_is_stopped(tmp_path: Path) -> None:
         folder = tmp_path / "trial"
         folder.mkdir(exist_ok=True)
         number = study.ask().number
-        run.save_json(folder / "job.json", {"trial": number})
+        write_json(folder / "job.json", {"trial": number})
         pruning = Pruning(str(folder), "val/loss")
         trainer = SimpleNamespace(
             is_global_zero=True, world_size=1, global_step=10, should_stop=False, sanity_checking=False,

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, TINY, Jobs, Run, Script, Sweep, refused_sweep
 
-from language_model import summary, sweep
+from language_model.sweeps import job, summary
 
 
 def test_a_sweep_does_every_combination_and_sums_it_up(multirun: Sweep, jobs: Jobs, tmp_path: Path) -> None:
@@ -104,9 +104,9 @@ def test_a_finished_job_whose_settings_have_changed_is_refused(multirun: Sweep, 
         (["hydra.sweeper.max_jobs=0", "seed=1,2"], "hydra.sweeper.max_jobs=0: input should be greater than 0"),
         (["hydra.sweeper.max_jobs=many", "seed=1,2"], 'hydra.sweeper.max_jobs="many": '),
         (["name=a,b"], "name=a,b: a sweep has one name"),
-        (["folder=here", "seed=1,2"], "folder: a sweep goes on by its own command"),
-        (["resume=latest,other"], "resume: a sweep goes on by its own command"),
-        (["optimizer.lr=interval(1e-4,1e-2)"], "a space to search in needs hydra/sweeper=search"),
+        (["folder=here", "seed=1,2"], "folder: not for a sweep; the same command resumes it"),
+        (["resume=latest,other"], "resume: not for a sweep; the same command resumes it"),
+        (["optimizer.lr=interval(1e-4,1e-2)"], "a search space needs hydra/sweeper=search"),
         (["hydra/launcher=cluster", "seed=1,2"], "hydra/launcher=cluster: there is no such file"),
     ],
 )
@@ -129,7 +129,7 @@ def test_the_picture(multirun: Sweep, jobs: Jobs, tmp_path: Path, monkeypatch: p
 
 def test_a_folder_that_is_no_sweep_is_refused(multirun: Sweep, jobs: Jobs, tmp_path: Path) -> None:
     (tmp_path / "sweep").mkdir()
-    assert "is there already, and is no sweep" in refused_sweep(multirun, "seed=1,2")
+    assert "exists and is not a sweep" in refused_sweep(multirun, "seed=1,2")
     assert list((tmp_path / "sweep").iterdir()) == []
 
 
@@ -161,16 +161,16 @@ def test_a_sweep_of_real_runs(script: Script, tmp_path: Path) -> None:
 
 def test_jobs_beside_each_other_get_gpus_of_their_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    with sweep.own_gpu(tmp_path) as none:
+    with job.reserve_gpu(tmp_path) as none:
         assert none == {}
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5")
-    with sweep.own_gpu(tmp_path) as only:
+    with job.reserve_gpu(tmp_path) as only:
         assert only == {}  # as it is
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
-    with sweep.own_gpu(tmp_path) as first, sweep.own_gpu(tmp_path) as second, sweep.own_gpu(tmp_path) as third:
+    with job.reserve_gpu(tmp_path) as first, job.reserve_gpu(tmp_path) as second, job.reserve_gpu(tmp_path) as third:
         assert [gpu["CUDA_VISIBLE_DEVICES"] for gpu in (first, second)] == ["2", "5"]
         assert third["CUDA_VISIBLE_DEVICES"] in ("2", "5")
-    with sweep.own_gpu(tmp_path) as again:
+    with job.reserve_gpu(tmp_path) as again:
         assert again == {"CUDA_VISIBLE_DEVICES": "2"}
 
 
@@ -196,7 +196,7 @@ def test_a_signal_stops_a_sweep_with_its_status_and_a_checkpoint(tmp_path: Path,
         process.send_signal(sent)
         said = process.communicate(timeout=60)[0]
     assert process.returncode == status
-    assert "was stopped; the same command goes on with it" in said
+    assert "was interrupted; the same command resumes it" in said
     assert json.loads((tmp_path / "sweep" / "seed=1" / "result.json").read_text())["status"] == "interrupted"
     assert not (tmp_path / "sweep" / "seed=2" / "config.yaml").exists()
 

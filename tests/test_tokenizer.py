@@ -8,18 +8,17 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as Library
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
-from language_model.tokenizer import (
+from language_model.data.bpe import BPETokenizer
+from language_model.data.tokenizer import (
     END_OF_TEXT,
-    BPETokenizer,
     ByteTokenizer,
     CharTokenizer,
     IdTokenizer,
     Tokenizer,
     UnknownCharacterError,
-    from_file,
-    ids,
-    load,
+    id_tokenizer,
 )
+from language_model.data.tokenizer_file import load_tokenizer, tokenizer_from_file
 
 any_text = st.text(st.characters(exclude_categories=["Cs"]))
 
@@ -46,7 +45,7 @@ def test_characters_are_numbered_in_sorted_order() -> None:
     assert tokenizer.characters == [" ", "a", "b", "i", "l", "n", "p", "s", "t"]
     assert tokenizer.vocab_size == 9
     assert tokenizer.encode("ban").tolist() == [2, 1, 5]
-    assert CharTokenizer.of(Texts(["ban", "ana spl", "it"]), False).characters == tokenizer.characters
+    assert CharTokenizer.from_texts(Texts(["ban", "ana spl", "it"]), False).characters == tokenizer.characters
 
 
 @given(text=st.text(st.characters(exclude_categories=[])), more=st.text())
@@ -95,7 +94,7 @@ def test_no_text_makes_the_token_that_ends_one(tokenizer: Tokenizer) -> None:
 )  # fmt: skip
 def test_a_saved_tokenizer_is_the_same(tokenizer: Tokenizer, tmp_path: Path) -> None:
     tokenizer.save(tmp_path / "tokenizer.json")
-    again = load(tmp_path / "tokenizer.json")
+    again = load_tokenizer(tmp_path / "tokenizer.json")
     assert type(again) is type(tokenizer)
     assert again.to_json() == tokenizer.to_json()
     assert again.fingerprint == tokenizer.fingerprint
@@ -131,7 +130,7 @@ def test_ids_are_numbers() -> None:
         with pytest.raises(ValueError, match=r"a text of token ids \(0 to 99\) is needed"):
             tokenizer.encode(text)
     with pytest.raises(ValueError, match="text needs another"):
-        ids(Texts(["3"]), False)
+        id_tokenizer(Texts(["3"]), False)
 
 
 def test_byte_pairs_are_learned_from_the_text(bpe: BPETokenizer) -> None:
@@ -181,21 +180,21 @@ def llama2() -> Library:
 @pytest.mark.parametrize("make", [library, llama2])
 def test_tokenizers_from_elsewhere(tmp_path: Path, make) -> None:
     make().save(str(tmp_path / "tokenizer.json"))
-    tokenizer = from_file(Texts(), False, str(tmp_path / "tokenizer.json"))
+    tokenizer = tokenizer_from_file(Texts(), False, str(tmp_path / "tokenizer.json"))
     for text in ("the other the", " the\n\nthe  ", MANY):
         parts = [tokenizer.encode(text[:5]), tokenizer.encode(text[5:])]
         assert tokenizer.decode(np.concatenate(parts)) == text
         assert tokenizer.token_bytes[np.concatenate(parts)].sum() == len(text.encode())
     assert len(tokenizer.encode("the")) == 1
     tokenizer.save(tmp_path / "again.json")
-    assert load(tmp_path / "again.json").to_json() == tokenizer.to_json()
+    assert load_tokenizer(tmp_path / "again.json").to_json() == tokenizer.to_json()
     assert tokenizer.end_of_text == (2 if make is llama2 else None)
 
 
 def test_the_end_of_text_must_be_there(tmp_path: Path) -> None:
     library().save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(ValueError, match=r"no token that ends a document; set data.end_of_text=false"):
-        from_file(Texts(), True, str(tmp_path / "tokenizer.json"))
+        tokenizer_from_file(Texts(), True, str(tmp_path / "tokenizer.json"))
 
 
 @pytest.mark.parametrize(
@@ -209,7 +208,7 @@ def test_the_end_of_text_must_be_there(tmp_path: Path) -> None:
 def test_tokenizers_that_lose_text_are_refused(tmp_path: Path, tokenizer: Library, says: str) -> None:
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(ValueError, match=says):
-        load(tmp_path / "tokenizer.json")
+        load_tokenizer(tmp_path / "tokenizer.json")
 
 
 @pytest.mark.parametrize(
@@ -221,7 +220,7 @@ def test_another_file_is_refused(tmp_path: Path, content: str) -> None:
     path = tmp_path / "tokenizer.json"
     path.write_text(content, encoding="latin-1")
     with pytest.raises(ValueError, match=r"tokenizer\.json"):
-        load(path)
+        load_tokenizer(path)
 
 
 def test_a_byte_level_token_is_its_bytes() -> None:

@@ -16,10 +16,10 @@ import yaml
 from conftest import ROOT, TINY, Run, Script
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from language_model import run
-from language_model.callbacks import Sample
-from language_model.gpt import GPT
-from language_model.load import load_run
+from language_model.model.gpt import GPT
+from language_model.runs.folder import RUNS
+from language_model.runs.load import load_run
+from language_model.training.callbacks import Sample
 
 
 def refused(train, *overrides: str, **settings) -> str:
@@ -38,14 +38,14 @@ def test_a_run_says_what_it_does_and_leaves_a_whole_folder(train) -> None:
         "corpus   sonnets.txt: 1,331 tokens, vocabulary 43",
         "windows  1,315 of 16 tokens, stride 1",
         "steps    41 batches an epoch, 16 in all, 2 epochs, 512 tokens a step",
-        "loss     guessing ln 43 = 3.7612, untrained 3.7",
+        "loss     uniform baseline ln 43 = 3.7612, untrained 3.7",
         "Epoch   0 | Loss: ",
         "Epoch   1 | Loss: ",
         "best     train/loss_epoch ",
         "gradient norm largest ",
         "Shall I",
         "look     tensorboard --logdir ",
-        "go on    python ",
+        "longer   python ",
     ):
         assert line in out
     assert "warning" not in out.lower()
@@ -60,7 +60,7 @@ def test_a_run_says_what_it_does_and_leaves_a_whole_folder(train) -> None:
     assert tiny.result["tokens"] == 16 * 512
     assert tiny.result["metrics"]["train/loss_epoch"] == pytest.approx(tiny.losses[-1])
     assert tiny.result["best"] == pytest.approx(min(tiny.losses))
-    assert tiny.result["guessing_loss"] == pytest.approx(math.log(43))
+    assert tiny.result["uniform_baseline"] == pytest.approx(math.log(43))
     assert 0 <= tiny.result["clipped_share"] <= 1
     assert tiny.result["versions"]["torch"]
     assert tiny.config["vocab_size"] == 43
@@ -159,7 +159,7 @@ def test_a_run_of_the_same_name_trains_on_to_a_later_end(train) -> None:
     whole = train(*same, "trainer.max_epochs=4", name="whole")
     train(*same, "trainer.max_epochs=2")
     longer = train(*same, "trainer.max_epochs=4", "trainer.log_every_n_steps=4", "data.num_workers=1")
-    assert "goes on  from " in longer.output
+    assert "resuming from " in longer.output
     assert same_end(longer, whole)
     assert longer.column("train/loss") == whole.column("train/loss")
 
@@ -171,7 +171,7 @@ def test_resume_takes_a_runs_own_settings(train, tmp_path: Path) -> None:
     assert same_end(Run(part.folder), whole)
     overrides = yaml.safe_load((part.folder / "overrides.yaml").read_text())
     assert [o for o in overrides if "max_epochs" in o] == ["trainer.max_epochs=4"]
-    assert "resume=nothing: there is no such run" in refused(train, "resume=nothing", tiny=False, name=None)
+    assert "resume=nothing: no such run" in refused(train, "resume=nothing", tiny=False, name=None)
     message = refused(train, f"resume={part.folder}", "model.d_model=32", tiny=False, name=None)
     assert "part was trained with other settings: model.d_model=16 then, 32 now" in message
 
@@ -226,8 +226,8 @@ def test_damaged_and_foreign_checkpoints(train, tmp_path: Path, monkeypatch: pyt
     whole = last.read_bytes()
     last.write_bytes(whole[:1_000])
     longer = train("total_steps=32", "trainer.max_epochs=3")
-    assert "last.ckpt is damaged, or no checkpoint" in longer.output
-    assert "going on from run/checkpoints/best.ckpt" in longer.output
+    assert "last.ckpt is damaged, or not a checkpoint" in longer.output
+    assert "resuming from run/checkpoints/best.ckpt" in longer.output
     for name in ("last", "best"):
         torch.save({"state_dict": Evil()}, part.folder / "checkpoints" / f"{name}.ckpt")
     message = refused(train, "total_steps=32", "trainer.max_epochs=5")
@@ -235,12 +235,14 @@ def test_damaged_and_foreign_checkpoints(train, tmp_path: Path, monkeypatch: pyt
     assert not (tmp_path / "evil").exists()
     for name in ("last", "best"):
         (part.folder / "checkpoints" / f"{name}.ckpt").unlink()
-    assert "last.ckpt does not exist: nothing to go on from" in refused(train, "total_steps=32", "trainer.max_epochs=5")
+    assert "last.ckpt does not exist: no checkpoint to resume from" in refused(
+        train, "total_steps=32", "trainer.max_epochs=5"
+    )
 
 
 def test_a_folder_of_something_else_is_left_alone(train, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
-    assert "is there already, and is no run's folder; choose another name" in refused(train)
+    assert "exists and is not a run's folder; choose another name" in refused(train)
     assert list((tmp_path / "run").iterdir()) == []
 
 
@@ -269,7 +271,7 @@ def test_a_run_that_is_stopped_early_goes_back_to_its_best_weights(train) -> Non
     assert "restored the best weights, those after step " in ended.output
     loaded = load_run(ended.folder, "best")
     opening = ended.result["sample"][: len("Shall I")]
-    assert ended.result["sample"] == Sample(max_new_tokens=8).speak(loaded.network, loaded.tokenizer, opening)
+    assert ended.result["sample"] == Sample(max_new_tokens=8).generate_sample(loaded.network, loaded.tokenizer, opening)
 
 
 def test_only_training_is_compiled(train, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -288,24 +290,24 @@ def test_only_training_is_compiled(train, monkeypatch: pytest.MonkeyPatch) -> No
 def test_how_the_arithmetic_is_done_is_said_and_can_be_overridden(train) -> None:
     overrides = ["trainer.precision=32", "model.dropout=0"]
     assert "precision 32-true, attention fused, optimizer fused, not compiled\n" in train(*overrides).output
-    overrides += ["model.attention=plain", "optimizer.fused=false"]
+    overrides += ["model.attention=unfused", "optimizer.fused=false"]
     assert (
-        "precision 32-true, attention plain, optimizer not fused, not compiled\n"
+        "precision 32-true, attention unfused, optimizer not fused, not compiled\n"
         in train(*overrides, name="other").output
     )
-    assert "attention plain" in train("trainer.precision=bf16-mixed", "model.dropout=0", name="bf16").output
+    assert "attention unfused" in train("trainer.precision=bf16-mixed", "model.dropout=0", name="bf16").output
 
 
 def test_a_network_that_cannot_be_compiled_says_so(train, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(GPT, "compile_for_training")
-    says = "error: compile=true: language_model.gpt.GPT has no compile_for_training; set it to false"
+    says = "error: compile=true: language_model.model.gpt.GPT has no compile_for_training; set it to false"
     assert refused(train, "compile=true") == says
 
 
 def test_compiling_without_a_compiler_is_refused(train, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CXX", raising=False)
-    assert "compile=true: on this machine it needs a C++ compiler" in refused(train, "compile=true")
+    assert "compile=true: this machine lacks a C++ compiler" in refused(train, "compile=true")
 
 
 @pytest.mark.slow
@@ -361,10 +363,10 @@ def test_a_model_class_of_ones_own(train, tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_a_strange_start_is_warned_of(train, monkeypatch: pytest.MonkeyPatch) -> None:
-    from language_model.gpt import GPT
+    from language_model.model.gpt import GPT
 
     monkeypatch.setattr(GPT, "init_weights", lambda self, zero_init: None)
-    assert "is far from guessing" in train("model.d_model=64", "model.tie_embeddings=true").output
+    assert "is far from the uniform baseline" in train("model.d_model=64", "model.tie_embeddings=true").output
 
 
 def test_fast_dev_run_and_switched_off_parts(train) -> None:
@@ -400,7 +402,7 @@ def test_fast_dev_run_and_switched_off_parts(train) -> None:
         (["trainer.accelerator=abacus"], "trainer: You selected an invalid accelerator name"),
         (["trainer.max_epochs=-1"], "total_steps: the schedule needs an end"),
         (["trainer.max_epochs=0"], "schedule.total_steps=0: input should be greater than 0"),
-        (["monitor=val/loss"], "monitor=val/loss: there is no such one here; choose from train/loss_epoch"),
+        (["monitor=val/loss"], "monitor=val/loss: unknown; choose from train/loss_epoch"),
         (["callbacks.sample.prompt='Shall 1'"], "callbacks.sample.prompt: character '1' (U+0031) at position 6"),
         (["resume=nothing"], "resume=nothing: "),
         (["vocab_size=42"], "vocab_size=42: the tokenizer has 43 tokens"),
@@ -420,7 +422,7 @@ def test_what_cannot_work_leaves_nothing_behind(train, tmp_path: Path, overrides
 
 
 def test_a_crash_is_on_record(train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from language_model.module import LanguageModel
+    from language_model.training.module import LanguageModel
 
     def crash(self, batch, batch_idx):
         raise RuntimeError("out of memory")
@@ -436,7 +438,7 @@ def test_a_crash_is_on_record(train, tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_from_another_directory_as_a_user_types_it(script: Script, tmp_path: Path) -> None:
     """No folder given: it goes to the project's outputs, and the printed command goes on from there."""
     name = f"test_{os.getpid()}"
-    folder = run.RUNS / name
+    folder = RUNS / name
     try:
         done = script("train.py", *TINY, f"name={name}", "model.dropout=0")
         assert done.returncode == 0, done.stderr
@@ -479,7 +481,7 @@ def test_a_signal_stops_a_run_with_its_status_and_a_checkpoint(tmp_path: Path, s
     process.send_signal(sent)
     said, _ = process.communicate(timeout=120)
     assert process.returncode == status, said
-    assert "go on with: python" in said
+    assert "resume with: python" in said
     stopped = Run(tmp_path / "run")
     assert stopped.result["status"] == "interrupted"
     assert stopped.checkpoint("last")["global_step"] == stopped.result["steps"] > 0

@@ -1,4 +1,7 @@
-"""The project's sweepers, where Hydra looks for plugins. It imports this at every start, so the work is elsewhere."""
+"""The project's sweepers, in the place where Hydra looks for plugins.
+
+Hydra imports this at every start, so everything that takes time to import is in `language_model.sweeps`.
+"""
 
 import pkgutil
 from typing import Any
@@ -13,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 class Grid(Sweeper):
     """Runs every combination of the values given."""
 
-    work = "language_model.sweep.grid"
+    work = "language_model.sweeps.grid.grid"
     hydra_context: HydraContext
     config: DictConfig
     launcher: Launcher
@@ -22,16 +25,16 @@ class Grid(Sweeper):
         self.settings = settings
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        """Take what Hydra gives, and make its launcher."""
+        """Store what Hydra gives, and create its launcher."""
         self.hydra_context, self.config = hydra_context, config
         self.launcher = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config
         )
 
     def sweep(self, arguments: list[str]) -> None:
-        """Do the sweep."""
-        from language_model.config import check_node
-        from language_model.sweep import Sweep
+        """Run the sweep: call the function named by `work`."""
+        from language_model.runs.config import check_node
+        from language_model.sweeps.sweep import Sweep
 
         given: Any = OmegaConf.to_container(self.config.hydra.sweeper, resolve=True)
         settings = given | {"_target_": self.work}
@@ -43,4 +46,4 @@ class Grid(Sweeper):
 class Search(Grid):
     """Tries values from the spaces given."""
 
-    work = "language_model.search.search"
+    work = "language_model.sweeps.search.search"

@@ -1,4 +1,4 @@
-"""The terminal: one log for all that a run says, and silence for what a user can do nothing about."""
+"""The terminal: the project's log, progress bars, and which warnings of the libraries are hidden."""
 
 import logging
 import os
@@ -12,26 +12,28 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from language_model.config import JOB
+# Environment variable of a sweep's job: its label, such as "[2/6] optimizer.lr=0.001". A job logs only warnings to the
+# terminal; the sweep reports the rest.
+JOB_LABEL = "LANGUAGE_MODEL_JOB"
 
 log = logging.getLogger("language_model")
-terminal = Console(highlight=False, width=None if sys.stdout.isatty() else 160)  # a file has room for tables
+terminal = Console(highlight=False, width=None if sys.stdout.isatty() else 160)  # wide tables when written to a file
 
-# What the stack warns of, and why it is no news here.
-NO_NEWS = [
-    "does not have many workers",  # the tokens are in memory: workers would only slow it down
-    "number of training batches .* is smaller than the logging interval",  # a short epoch is fine
-    "Experiment logs directory .* exists and is not empty",  # the run's own folder, made a moment ago
+# Warnings that users can do nothing about, each with the reason.
+HIDDEN_WARNINGS = [
+    "does not have many workers",  # tokens are memory-mapped: workers would slow loading down
+    "number of training batches .* is smaller than the logging interval",  # short epochs are fine
+    "Experiment logs directory .* exists and is not empty",  # the run's own folder, created just before
     "Checkpoint directory .* exists and is not empty",  # three callbacks share it
     "isinstance.treespec, LeafSpec",  # deprecated inside torch, called by lightning
     "Total length of `list` across ranks is zero",  # no validation split
-    "You're resuming from a checkpoint that ended before the epoch ended",  # the order begins behind what is done
-    "The dirpath has changed from",  # resuming writes to a folder of its own
+    "You're resuming from a checkpoint that ended before the epoch ended",  # the sampler skips what is done
+    "The dirpath has changed from",  # a new run that starts from a checkpoint writes to its own folder
 ]
 
 
 class TerminalHandler(logging.Handler):
-    """Writes log lines above a progress bar, as they are: no wrapping, warnings in yellow."""
+    """Writes log lines above a progress bar, without wrapping; warnings in yellow."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print one record."""
@@ -42,7 +44,10 @@ class TerminalHandler(logging.Handler):
 
 @contextmanager
 def progress(what: str, num_bytes: int | None) -> Iterator[Callable[[int], None]]:
-    """Show a bar over so many bytes (None: unknown), where there is a terminal; gives the function that moves it."""
+    """Show a progress bar in a terminal, over a number of bytes (None: unknown); yields the function that advances it.
+
+    Nothing is shown where the output is not a terminal, or on other processes than the first.
+    """
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),
@@ -59,13 +64,13 @@ def progress(what: str, num_bytes: int | None) -> Iterator[Callable[[int], None]
         yield lambda more: bar.advance(task, more)
 
 
-def speak() -> None:
-    """Send the project's log to the terminal, on the first process only, and quieten the stack's."""
+def setup_logging() -> None:
+    """Send the project's log to the terminal, on the first process only, and hide the libraries' usual warnings."""
     log.setLevel(logging.INFO)
     log.propagate = False
-    log.handlers = [TerminalHandler(logging.WARNING if JOB in os.environ else logging.INFO)]
-    log.handlers = log.handlers if rank_zero_only.rank == 0 else []
+    level = logging.WARNING if JOB_LABEL in os.environ else logging.INFO
+    log.handlers = [TerminalHandler(level)] if rank_zero_only.rank == 0 else []
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    for message in NO_NEWS:
+    for message in HIDDEN_WARNINGS:
         warnings.filterwarnings("ignore", f".*{message}")

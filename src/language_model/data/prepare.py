@@ -1,0 +1,307 @@
+"""From text to token files: tokenized once, in pieces, and kept."""
+
+import functools
+import glob
+import hashlib
+import json
+import os
+import re
+import secrets
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from filelock import FileLock
+
+from language_model.data.text_files import TextFiles
+from language_model.data.token_files import TokenFile
+from language_model.data.tokenizer import Texts, Tokenizer, UnknownCharacterError
+from language_model.data.tokenizer_file import load_tokenizer
+from language_model.files import sha256_of
+from language_model.terminal import progress
+
+FORMAT = 1  # of a prepared corpus; part of its key
+PIECE = 1 << 16  # characters that are encoded as one
+BATCH = 1 << 20  # characters that are encoded at once
+LARGE = 1 << 26  # bytes of a file from which on what is known of it is remembered
+
+MakeTokenizer = Callable[[Texts, bool], Tokenizer]
+
+
+class Corpus(NamedTuple):
+    """A prepared corpus: its tokenizer, its splits, and the characters, bytes, documents and tokens of each."""
+
+    tokenizer: Tokenizer
+    train: TokenFile
+    val: TokenFile | None
+    facts: dict[str, dict[str, int]]
+    folder: Path
+
+
+def prepare(
+    train: TextFiles,
+    val: TextFiles | None,
+    val_fraction: float,
+    make_tokenizer: MakeTokenizer,
+    end_of_text: bool,
+    cache: Path,
+    accept: Callable[[str, int], None],
+) -> Corpus:
+    """Tokenize a corpus into a folder in `cache`, or find it there.
+
+    The folder's name ends in a hash of all that decides what is in it: the files' contents, the tokenizer, the
+    settings. It appears in one move, whole. Of several processes one prepares, and the others wait for it.
+
+    Args:
+        train: the text; without `val` its end is for validation, from a share 1 - `val_fraction` of its characters on.
+        val: the text for validation.
+        val_fraction: 0 for no validation.
+        make_tokenizer: is given the training text and `end_of_text`.
+        end_of_text: whether each document ends in the tokenizer's token for that.
+        cache: where prepared corpora are kept.
+        accept: is given each split's name (train, val) and number of tokens, and raises ValueError if that will not do.
+
+    Raises:
+        OSError, ValueError: as TextFiles, the tokenizer and `accept` do, or for lack of space; nothing is left then.
+    """
+    files = train.files + (val.files if val else [])
+    stamps = [file_stamp(file) for file in files]
+    sums = [cached_fact("sha256", file, cache, functools.partial(sha256_of, file)) for file in files]
+    settings = {
+        "format": FORMAT,
+        "train": sums[: len(train.files)],
+        "val": sums[len(train.files) :] if val else val_fraction,
+        "encoding": train.encoding,
+        "newlines": train.newlines,
+        "field": train.field,
+        "end_of_text": end_of_text,
+        "tokenizer": description(make_tokenizer),
+    }
+    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+    name = re.sub(r"[^A-Za-z0-9_.-]+", "_", train.name)[:40]
+    folder = next(cache.glob(f"*-{key}"), cache / f"{name}-{key}")  # whatever the files were called then
+    with whole_folder(folder) as partial:
+        if partial is not None:
+            facts, tokenizer = tokenize(train, val, val_fraction, make_tokenizer, end_of_text, accept, partial)
+            if [file_stamp(file) for file in files] != stamps:
+                raise ValueError(f"{train.name} changed while it was read; start again")
+            tokenizer.save(partial / "tokenizer.json")
+            content = {"settings": settings, "dtype": smallest_dtype(tokenizer.vocab_size), "splits": facts}
+            (partial / "corpus.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    corpus = load_corpus(folder)
+    for split, facts_of_split in corpus.facts.items():
+        accept(split, facts_of_split["tokens"])
+    return corpus
+
+
+def load_corpus(folder: Path) -> Corpus:
+    """Return the prepared corpus in a folder."""
+    content = json.loads((folder / "corpus.json").read_text(encoding="utf-8"))
+    files = {split: TokenFile(folder / f"{split}.bin", content["dtype"]) for split in content["splits"]}
+    return Corpus(
+        load_tokenizer(folder / "tokenizer.json"), files["train"], files.get("val"), content["splits"], folder
+    )
+
+
+def tokenize(
+    train: TextFiles,
+    val: TextFiles | None,
+    val_fraction: float,
+    make_tokenizer: MakeTokenizer,
+    end_of_text: bool,
+    accept: Callable[[str, int], None],
+    folder: Path,
+) -> tuple[dict[str, dict[str, int]], Tokenizer]:
+    """Write the splits' token files; return the facts about each, and the tokenizer."""
+    everything = Section(train, "reading")
+    num_characters = sum(map(len, everything))
+    if not num_characters:
+        raise ValueError(f"{train.files[0]} is empty")
+    cut = num_characters if val else int(num_characters * (1 - val_fraction))
+    tokenizer = make_tokenizer(Section(train, "learning the tokenizer of", 0, cut), end_of_text)
+    sections = {"train": Section(train, "tokenizing", 0, cut)}
+    if val or val_fraction:
+        sections["val"] = Section(val, "tokenizing") if val else Section(train, "tokenizing", cut, num_characters)
+    facts = {}
+    for split, section in sections.items():
+        ending = tokenizer.end_of_text if end_of_text else None
+        try:
+            facts[split] = encode(section, tokenizer, ending, folder / f"{split}.bin")
+        except UnknownCharacterError as error:
+            name = train.name if split == "train" else "the validation text"
+            raise ValueError(f"{name}: {error}; tokenizer=byte and tokenizer=bpe take any text") from None
+        accept(split, facts[split]["tokens"])
+    return facts, tokenizer
+
+
+def encode(section: "Section", tokenizer: Tokenizer, ending: int | None, path: Path) -> dict[str, int]:
+    """Write the ids of a text, and of `ending` after each document, to a new file; return how much there was."""
+    dtype = np.dtype(smallest_dtype(tokenizer.vocab_size)).newbyteorder("<")
+    facts = {"documents": 0, "characters": 0, "bytes": 0, "tokens": 0}
+    within = False  # a document
+    with path.open("wb") as file:
+        for batch in batches(at_spaces(section.pieces())):
+            texts = [text for text, _ in batch]
+            try:
+                encoded = tokenizer.encode_batch(texts)
+            except UnknownCharacterError as error:
+                raise error.further(facts["characters"]) from None
+            for (text, ends), ids in zip(batch, encoded, strict=True):
+                ending_here = [ending] if ends and ending is not None else []
+                file.write(np.append(ids, ending_here).astype(dtype).data)
+                facts["documents"] += not within
+                within = not ends
+                facts["characters"] += len(text)
+                facts["bytes"] += len(text.encode("utf-8"))
+                facts["tokens"] += len(ids) + len(ending_here)
+        file.flush()
+        os.fsync(file.fileno())
+    return facts
+
+
+class Section:
+    """The characters from `start` to `end` of a text, in pieces, as often as wanted, each time with a progress bar."""
+
+    def __init__(self, files: TextFiles, what: str, start: int = 0, end: int | None = None) -> None:
+        self.files = files
+        self.what = what
+        self.start = start
+        self.end = end
+        self.num_characters = (end or 0) - start
+
+    def __iter__(self) -> Iterator[str]:
+        return (text for text, _ in self.pieces())
+
+    def pieces(self) -> Iterator[tuple[str, bool]]:
+        """Yield (text, ends) as TextFiles does."""
+        position = 0
+        end = float("inf") if self.end is None else self.end
+        with progress(f"{self.what} {self.files.name}", self.files.num_bytes) as advance:
+            for text, ends in self.files.pieces(advance):
+                first = max(0, self.start - position)
+                last = max(0, min(len(text), end - position))
+                position += len(text)
+                yield text[first : int(last)], ends and self.start < position <= end
+                if position > end:
+                    return
+
+
+def at_spaces(pieces: Iterable[tuple[str, bool]]) -> Iterator[tuple[str, bool]]:
+    """Cut pieces anew, none longer than PIECE, before a space after a word, where no tokenizer's word is cut.
+
+    So byte pairs come out as if a document had been encoded in one.
+    """
+    rest = ""
+    for text, ends in pieces:
+        rest += text
+        start = 0
+        while len(rest) - start > PIECE:
+            end = last_boundary(rest, start + 1, start + PIECE)
+            yield rest[start:end], False
+            start = end
+        rest = rest[start:]
+        if ends:
+            yield rest, True
+            rest = ""
+    if rest:
+        yield rest, False
+
+
+def last_boundary(text: str, start: int, end: int) -> int:
+    """Return the last place from start to end before a space, or else a newline, that follows a word; else the end."""
+    for white in " ", "\n":
+        i = end
+        while (i := text.rfind(white, start, i)) > 0:
+            if not text[i - 1].isspace():
+                return i
+    return end
+
+
+def batches(pieces: Iterable[tuple[str, bool]]) -> Iterator[list[tuple[str, bool]]]:
+    """Group pieces until there are BATCH characters."""
+    batch, size = [], 0
+    for piece in pieces:
+        batch.append(piece)
+        size += len(piece[0]) + 1
+        if size >= BATCH:
+            yield batch
+            batch, size = [], 0
+    yield batch
+
+
+def smallest_dtype(vocab_size: int) -> str:
+    """Return the smallest type that holds the ids."""
+    return "uint8" if vocab_size <= 1 << 8 else "uint16" if vocab_size <= 1 << 16 else "uint32"
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path | None]:
+    """Give a folder to fill, which takes its place when all went well; None if it is there already.
+
+    Only one process at a time is given it. Whatever goes wrong leaves nothing; a kill leaves a folder that ends in
+    .partial, which the next one to fill it removes.
+    """
+    if folder.is_dir():
+        yield None
+        return
+    cache = folder.parent
+    cache.mkdir(parents=True, exist_ok=True)
+    lock = cache / f"{folder.name}.lock"
+    with FileLock(lock):
+        try:
+            if folder.is_dir():
+                yield None
+                return
+            for left in cache.glob(f"{glob.escape(folder.name)}.*.partial"):
+                shutil.rmtree(left)
+            partial = cache / f"{folder.name}.{secrets.token_hex(4)}.partial"
+            partial.mkdir()
+            try:
+                yield partial
+                partial.replace(folder)
+            except OSError as error:
+                raise OSError(error.errno, error.strerror or str(error), error.filename or str(partial)) from error
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+        finally:
+            lock.unlink(missing_ok=True)
+
+
+def file_stamp(file: Path) -> list[int]:
+    """Return what changes when a file does: size, time and inode."""
+    stat = file.stat()
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ino]
+
+
+def cached_fact(what: str, file: Path, cache: Path, find: Callable[[], Any]) -> Any:
+    """Return what is to `find` of a file; for a large one noted in `cache`, as long as its stamp is the same."""
+    now = file_stamp(file)
+    if now[0] < LARGE:
+        return find()
+    note = cache / f"{hashlib.sha256(f'{what} {file.resolve()}'.encode()).hexdigest()[:16]}.note"
+    try:
+        noted, value = json.loads(note.read_text())
+        if noted == now:
+            return value
+    except (OSError, ValueError):
+        pass
+    value = find()
+    if time.time_ns() - now[1] > 2e9:  # else a change within the clock's grain would go unseen
+        cache.mkdir(parents=True, exist_ok=True)
+        beside = note.with_suffix(f".{os.getpid()}.partial")
+        beside.write_text(json.dumps([now, value]))
+        beside.replace(note)
+    return value
+
+
+def description(make_tokenizer: MakeTokenizer) -> list:
+    """Return what decides the tokenizer besides the text: its function, and the settings, a file by its content."""
+    function = getattr(make_tokenizer, "func", make_tokenizer)
+    settings = dict(getattr(make_tokenizer, "keywords", {}))
+    if "path" in settings:
+        settings["path"] = sha256_of(Path(settings["path"]))
+    return [f"{function.__module__}.{function.__qualname__}", settings]

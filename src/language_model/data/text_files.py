@@ -1,0 +1,205 @@
+"""From files to text: which files a path names, what they hold, and how a corpus is fetched."""
+
+import codecs
+import gzip
+import io
+import json
+import re
+import secrets
+import shlex
+import urllib.request
+import zlib
+from collections.abc import Callable, Iterator
+from http.client import HTTPException
+from pathlib import Path
+from typing import Literal
+from urllib.error import HTTPError
+
+from language_model.files import sha256_of
+from language_model.terminal import progress
+
+JSON_LINES = (".jsonl", ".ndjson")
+SUFFIXES = (".txt", ".text", ".md", *JSON_LINES)  # what a folder is searched for
+CHUNK = 1 << 20  # bytes read at a time
+
+Advance = Callable[[int], None]
+
+
+class TextFiles:
+    """The documents in one file, several, a folder or a glob: a plain file is one, each line of a .jsonl file another.
+
+    Args:
+        path: a file, a folder (searched for SUFFIXES), a glob, or a list of these; files of a folder or glob are
+            sorted; a name that ends in .gz is unpacked while it is read.
+        field: where a line of a .jsonl file has its text.
+        encoding: one of Python's.
+        newlines: keep the line ends as they are, or normalise Windows' and old Macs' to one newline character.
+
+    Raises:
+        OSError, ValueError: nothing is there; and while reading: a file is not text of that encoding, is not whole,
+            or a line of .jsonl is not an object with that field.
+    """
+
+    def __init__(
+        self,
+        path: str | list[str],
+        field: str = "text",
+        encoding: str = "utf-8",
+        newlines: Literal["keep", "normalise"] = "keep",
+    ) -> None:
+        self.files = files_at(path)
+        if not self.files:
+            raise ValueError("path=[]: no file is named")
+        self.name = (Path(path).expanduser().resolve() if isinstance(path, str) else self.files[0]).name
+        self.field = field
+        self.newlines = newlines
+        try:
+            "".encode(encoding)
+            self.encoding = codecs.lookup(encoding).name
+        except LookupError:
+            raise ValueError(f"encoding={encoding}: Python knows no such text encoding; utf-8 is the usual") from None
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the files."""
+        return sum(file.stat().st_size for file in self.files)
+
+    @property
+    def has_jsonl(self) -> bool:
+        """Whether some files have a document a line."""
+        return any(ends_in(file, JSON_LINES) for file in self.files)
+
+    def pieces(self, advance: Advance = lambda num_bytes: None) -> Iterator[tuple[str, bool]]:
+        """Yield (text, ends) in order: the documents, the long ones in pieces, and whether one ends there.
+
+        `advance` is told how many bytes of the files were read since the last time.
+        """
+        for file in self.files:
+            if ends_in(file, JSON_LINES):
+                for number, line in enumerate(lines(self._decoded(file, advance)), 1):
+                    if line.strip():
+                        yield self._field_of(line, f"{file}, line {number:,}"), True
+            else:
+                newlines = io.IncrementalNewlineDecoder(None, translate=self.newlines == "normalise")
+                for text in self._decoded(file, advance):
+                    yield newlines.decode(text), False
+                yield newlines.decode("", final=True), True
+
+    def _decoded(self, file: Path, advance: Advance) -> Iterator[str]:
+        decoder = codecs.getincrementaldecoder(self.encoding)()
+        position = read = 0
+        with file.open("rb") as raw, gzip.open(raw) if file.suffix == ".gz" else raw as stream:
+            while True:
+                try:
+                    content = stream.read(CHUNK)
+                except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+                    raise ValueError(f"{file} is not a whole gzip file: {error}") from None
+                pending = len(decoder.getstate()[0])
+                try:
+                    text = decoder.decode(content, final=not content)
+                except UnicodeDecodeError as error:
+                    at, byte = position - pending + error.start, error.object[error.start]
+                    raise ValueError(
+                        f"{file} is not {self.encoding.upper()} text: byte {at:,} is 0x{byte:02x}; "
+                        "set data.encoding if it is another's"
+                    ) from None
+                if "\0" in text:
+                    raise ValueError(f"{file} is binary, not text: it has a NUL character")
+                position += len(content)
+                advance(raw.tell() - read)
+                read = raw.tell()
+                if text:
+                    yield text
+                if not content:
+                    return
+
+    def _field_of(self, line: str, where: str) -> str:
+        try:
+            document = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{where}: not JSON: {error}") from None
+        if not isinstance(document, dict):
+            raise ValueError(f"{where}: not a JSON object but {type(document).__name__}")
+        if self.field not in document:
+            raise ValueError(f"{where}: there is no field {self.field!r} but {', '.join(map(repr, document))}")
+        text = document[self.field]
+        if not isinstance(text, str):
+            raise ValueError(f"{where}: the field {self.field!r} is not text but {type(text).__name__}")
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise ValueError(f"{where}: half of a surrogate pair at character {error.start} is no text") from None
+        return text.replace("\r\n", "\n").replace("\r", "\n") if self.newlines == "normalise" else text
+
+
+def files_at(path: str | list[str], suffixes: tuple[str, ...] = SUFFIXES) -> list[Path]:
+    """Return the files that a path names: itself, those in a folder with these suffixes, or what matches a glob.
+
+    Those of a folder or a glob are sorted. OSError or ValueError where there is nothing.
+    """
+    if not isinstance(path, str):
+        return [file for one in path for file in files_at(one, suffixes)]
+    place = Path(path).expanduser()
+    if place.is_dir():
+        found = sorted(file for file in place.rglob("*") if file.is_file() and ends_in(file, suffixes))
+        if not found:
+            raise ValueError(f"{place} has no file that ends in {', '.join(suffixes)}, nor with .gz behind")
+        return found
+    if not place.exists() and re.search(r"[*?[]", path):
+        found = sorted(file for file in Path(place.anchor).glob(str(place.relative_to(place.anchor))) if file.is_file())
+        if not found:
+            raise ValueError(f"no file matches {path}")
+        return found
+    place.stat()  # raises where there is nothing
+    return [place]
+
+
+def ends_in(file: Path, suffixes: tuple[str, ...]) -> bool:
+    """Whether a file's name has one of the suffixes, with or without .gz behind."""
+    return file.name.lower().removesuffix(".gz").endswith(suffixes)
+
+
+def lines(texts: Iterator[str]) -> Iterator[str]:
+    """Yield the lines of a text that comes in pieces, without the newlines."""
+    begun: list[str] = []
+    for text in texts:
+        first, *others = text.split("\n")
+        begun.append(first)
+        for line in others:
+            yield "".join(begun)
+            begun = [line]
+    yield "".join(begun)
+
+
+def download(url: str, sha256: str, folder: Path) -> Path:
+    """Return the file that a URL has, downloaded into the folder unless it is there already.
+
+    Raises:
+        ValueError: it could not be fetched, or is not the file that it should be; nothing is left of it then.
+    """
+    target = folder / "-".join(url.rstrip("/").split("/")[-2:])
+    if target.is_file() and sha256_of(target) == sha256:
+        return target
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / f"{target.name}.{secrets.token_hex(4)}.partial"
+    try:
+        with partial.open("wb") as file, urllib.request.urlopen(url, timeout=30) as response:
+            size = int(response.headers.get("Content-Length") or 0)
+            with progress(f"fetching {target.name}", size or None) as advance:
+                while content := response.read(1 << 16):
+                    advance(file.write(content))
+            if size and file.tell() != size:
+                raise ValueError(f"it ended after {file.tell():,} of {size:,} bytes")
+        if (found := sha256_of(partial)) != sha256:
+            raise ValueError(f"its sha256 is {found} and should be {sha256}: it was changed on the way")
+        partial.replace(target)
+    except (OSError, ValueError, HTTPException) as error:
+        if isinstance(error, HTTPError):
+            error.close()  # it is the response
+        by_hand = f"curl -L -o {shlex.quote(target.name)} {shlex.quote(url)}"
+        raise ValueError(
+            f"{url} could not be fetched: {error}; fetch it by hand, {by_hand}, and set data.path={target.name}"
+        ) from None
+    finally:
+        partial.unlink(missing_ok=True)
+    return target

@@ -1,0 +1,77 @@
+"""Token files: ids on disk, memory-mapped."""
+
+import mmap
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from language_model.data.text_files import files_at
+from language_model.terminal import progress
+
+CHUNK = 1 << 20  # tokens that are looked at in one go
+
+
+class TokenFile:
+    """Token ids in a file, memory-mapped; numpy.asarray gives the array (N,), which is not read before it is used.
+
+    Pickled it is the file's place: a worker process maps it anew.
+    """
+
+    def __init__(self, path: Path, dtype: str, header: int = 0) -> None:
+        self.path = path
+        self.dtype = dtype
+        self.header = header  # bytes before the first token
+        with path.open("rb") as file:
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        if hasattr(mmap, "MADV_RANDOM"):  # else every page that is touched brings a hundred kilobytes around it
+            mapped.madvise(mmap.MADV_RANDOM)
+        self._tokens = np.frombuffer(mapped, np.dtype(dtype).newbyteorder("<"), offset=header)
+
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return self._tokens.astype(dtype or self._tokens.dtype, copy=bool(copy))
+
+    def __reduce__(self) -> tuple:
+        return TokenFile, (self.path, self.dtype, self.header)
+
+    def largest_id(self) -> int:
+        """Return the largest id; goes through the whole file."""
+        with progress(f"checking {self.path.name}", self._tokens.nbytes) as advance:
+            largest = 0
+            for start in range(0, len(self), CHUNK):
+                part = self._tokens[start : start + CHUNK]
+                largest = max(largest, int(part.max()))
+                advance(part.nbytes)
+        return largest
+
+
+LLM_C = {20240520: (1, "uint16"), 20240801: (7, "uint32")}  # the first number of a file: its version, what follows
+
+
+def token_files(path: str | list[str]) -> list[TokenFile]:
+    """Return the token files that a path names, as `files_at` does."""
+    return [token_file(file) for file in files_at(path, (".bin",))]
+
+
+def token_file(path: Path) -> TokenFile:
+    """Return a file of nanoGPT's or llm.c's; ValueError if it is neither."""
+    size = path.stat().st_size
+    if not size:
+        raise ValueError(f"{path} is empty")
+    with path.open("rb") as file:
+        start = np.frombuffer(file.read(1024), "u1")
+    header = start.view("<i4") if len(start) == 1024 else np.zeros(1, "<i4")
+    if int(header[0]) not in LLM_C:
+        if size % 2:
+            raise ValueError(f"{path} is no file of uint16 tokens: it has an odd number of bytes, {size:,}")
+        return TokenFile(path, "uint16")
+    version, dtype = LLM_C[int(header[0])]
+    if header[1] != version:
+        raise ValueError(f"{path} has llm.c's header of version {header[1]}; {version} is known")
+    should = 1024 + int(header[2]) * np.dtype(dtype).itemsize
+    if size != should:
+        raise ValueError(f"{path} has {size:,} bytes, and by its header of {header[2]:,} tokens should have {should:,}")
+    return TokenFile(path, dtype, header=1024)

@@ -1,0 +1,37 @@
+"""Tokenizers from files: a run's tokenizer.json, or one of the tokenizers library."""
+
+import json
+from pathlib import Path
+
+from language_model.data.bpe import BPETokenizer
+from language_model.data.tokenizer import ByteTokenizer, CharTokenizer, IdTokenizer, Texts, Tokenizer
+
+
+def tokenizer_from_file(texts: Texts, end_of_text: bool, path: str) -> Tokenizer:
+    """Return the tokenizer in a tokenizer.json, a run's or one of the tokenizers library's."""
+    tokenizer = load_tokenizer(Path(path))
+    if end_of_text and tokenizer.end_of_text is None:
+        raise ValueError(f"{path}: the tokenizer has no token that ends a document; set data.end_of_text=false")
+    return tokenizer
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """Return the tokenizer that `save`, or the tokenizers library, wrote; ValueError for any other file."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text)
+        kind = content.get("type", "bpe" if "model" in content else None)
+        if kind == "char":
+            return CharTokenizer(content["characters"], content.get("end_of_text", False))
+        if kind == "byte":
+            return ByteTokenizer(content["end_of_text"])
+        if kind == "ids":
+            return IdTokenizer(content["vocab_size"])
+    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError):
+        kind = None
+    if kind != "bpe":
+        raise ValueError(f"{path} is not a tokenizer: a tokenizer.json of a run or of the tokenizers library is needed")
+    try:
+        return BPETokenizer(text)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None

@@ -1,0 +1,166 @@
+"""From tokens to shifted windows, and the order in which training takes them."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import torch
+from numpy.lib.stride_tricks import sliding_window_view
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+
+from language_model.data.token_files import TokenFile
+
+IGNORED = -100  # the target that counts in no loss: cross_entropy's default ignore_index
+
+Tokens = np.ndarray | TokenFile
+
+
+class Windows(Dataset[tuple[Tensor, Tensor]]):
+    """Every window of token sequences as a pair (inputs, targets), the targets shifted by one, each (seq_len,) int64.
+
+    Window i of the first sequence starts at its token i, so there are len(tokens) - seq_len of them; those of the
+    next follow. Tokens are read when a window is asked for.
+    """
+
+    def __init__(self, parts: Sequence[Tokens], seq_len: int) -> None:
+        self.parts = parts
+        self.seq_len = seq_len
+        self.views = [sliding_window_view(np.asarray(part), seq_len + 1) for part in parts if len(part) > seq_len]
+        self.ends = np.cumsum([len(view) for view in self.views])
+
+    def __reduce__(self) -> tuple:
+        return type(self), (self.parts, self.seq_len)
+
+    def __len__(self) -> int:
+        return int(self.ends[-1]) if len(self.ends) else 0
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        inputs, targets = self.__getitems__(np.array([index]))
+        return inputs[0], targets[0]
+
+    def __getitems__(self, indices: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Gather a whole batch at once: indices (B,) -> inputs, targets, each (B, seq_len)."""
+        if len(self.views) == 1:
+            batch = self.views[0][indices].astype(np.int64)
+        else:
+            batch = np.empty((len(indices), self.seq_len + 1), np.int64)
+            which = np.searchsorted(self.ends, indices, side="right")
+            for i in np.unique(which):
+                view = self.views[i]
+                batch[which == i] = view[indices[which == i] - self.ends[i] + len(view)]
+        windows = torch.from_numpy(batch)
+        return windows[:, :-1], windows[:, 1:]
+
+
+class WindowsInOrder(Windows):
+    """Windows that do not overlap and predict each token but a sequence's first once, in order.
+
+    The last one of a sequence is filled up; what was filled in has the target IGNORED.
+    """
+
+    def __init__(self, parts: Sequence[Tokens], seq_len: int) -> None:
+        self.parts = parts
+        self.seq_len = seq_len
+        self.ends = np.cumsum([-(-(len(part) - 1) // seq_len) for part in parts])
+
+    def __getitems__(self, indices: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Gather a whole batch at once: indices (B,) -> inputs, targets, each (B, seq_len)."""
+        batch = np.full((len(indices), self.seq_len + 1), IGNORED, np.int64)
+        which = np.searchsorted(self.ends, indices, side="right")
+        for row, i, index in zip(batch, which, indices, strict=True):
+            start = (index - (self.ends[i - 1] if i else 0)) * self.seq_len
+            window = np.asarray(self.parts[i])[start : start + self.seq_len + 1]
+            row[: len(window)] = window
+        windows = torch.from_numpy(batch)
+        return windows[:, :-1].clamp(min=0), windows[:, 1:]
+
+
+def permuted(positions: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
+    """Return what stands at these positions of a permutation of 0 to n - 1: int64, of the same shape.
+
+    The permutation is a function of (n, keys), and only what is asked for is computed: a Feistel network on pairs
+    (left, right) of numbers, with as many rounds as keys; what falls outside 0 to n - 1 goes through it again
+    (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002).
+    """
+    sizes = (math.isqrt(n - 1) + 1, -(-n // (math.isqrt(n - 1) + 1)))  # of left and right: their product is just >= n
+
+    def once(numbers: np.ndarray) -> np.ndarray:
+        halves = list(np.divmod(numbers, sizes[1]))
+        for i, key in enumerate(keys):
+            this, other = i % 2, 1 - i % 2
+            halves[this] = (halves[this] + hashed(halves[other], key) % sizes[this]) % sizes[this]
+        return halves[0] * sizes[1] + halves[1]
+
+    result = once(np.asarray(positions, np.uint64))
+    while (outside := result >= n).any():
+        result[outside] = once(result[outside])
+    return result.astype(np.int64)
+
+
+def hashed(numbers: np.ndarray, key: np.uint64) -> np.ndarray:
+    """Return a number for each, uint64: the last steps of SplitMix64 (Steele, Lea and Flood 2014)."""
+    x = numbers + key
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+class ShuffledBatches(Sampler[np.ndarray]):
+    """The starts (B,) of each training batch's windows, one epoch at a time, the last partial batch dropped.
+
+    Windows stand `stride` tokens apart, from an offset drawn anew each epoch. The order is a function of
+    (seed, epoch) alone; of every world_size batches, each rank takes the one with its number. A resumed epoch begins
+    with the batch after those that are `done`.
+    """
+
+    def __init__(
+        self,
+        num_starts: int,
+        stride: int,
+        batch_size: int,
+        seed: int,
+        epoch: Callable[[], int],
+        done: Callable[[], int] = lambda: 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.num_windows = num_starts // stride  # as many from every offset
+        self.stride = stride
+        self.batch_size = batch_size
+        self.seed = seed
+        self.epoch = epoch
+        self.done = done
+        self.rank = rank
+        self.world_size = world_size
+        if not len(self):
+            each = f" on each of {world_size} devices" if world_size > 1 else ""
+            raise ValueError(f"{self.num_windows:,} windows are too few for one batch of batch_size={batch_size}{each}")
+
+    def __len__(self) -> int:
+        return self.num_windows // (self.batch_size * self.world_size)
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        offset, *keys = np.random.SeedSequence((self.seed, self.epoch())).generate_state(9, np.uint64)
+        at_once = max(1, 4096 // self.batch_size)  # batches whose windows are drawn in one go
+        for first in range(self.done(), len(self), at_once):
+            batches = np.arange(first, min(first + at_once, len(self))) * self.world_size + self.rank
+            positions = batches[:, None] * self.batch_size + np.arange(self.batch_size)
+            yield from int(offset % self.stride) + self.stride * permuted(positions, self.num_windows, np.array(keys))
+
+
+def check_training(num_tokens: int, seq_len: int) -> None:
+    """Raise ValueError for too few tokens for one window."""
+    if num_tokens <= seq_len:
+        raise ValueError(
+            f"{num_tokens:,} tokens are too few for one window of seq_len={seq_len} and its shifted target: "
+            f"at least {seq_len + 1} are needed"
+        )
+
+
+def check_validation(num_tokens: int, what: str) -> None:
+    """Raise ValueError for too few tokens for one prediction."""
+    if num_tokens < 2:
+        raise ValueError(
+            f"{what} has too few tokens, {num_tokens}: at least 2 are needed, one to predict from the other"
+        )

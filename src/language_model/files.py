@@ -1,0 +1,50 @@
+"""Files: where the project is, writing a file whole or not at all, and paths as a user would type them."""
+
+import hashlib
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]  # of the checkout
+
+
+def write_text(file: Path, content: str) -> None:
+    """Write a file and move it into place in one step: other processes see the old file or the new one, whole."""
+    temporary = file.with_name(f"{file.name}.tmp")
+    temporary.write_text(content, encoding="utf-8")
+    temporary.replace(file)
+
+
+def write_json(file: Path, content: dict[str, Any]) -> None:
+    """Write JSON as `write_text` does; numbers that are not finite become null."""
+    write_text(file, json.dumps(replace_non_finite(content), indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Return what a JSON file holds; an empty dict if there is no such file."""
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def replace_non_finite(value: Any) -> Any:
+    """Return a value with None for NaN and infinity, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: replace_non_finite(inner) for key, inner in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def display_path(path: Path) -> str:
+    """Return a path as a user would type it: relative to the working directory if it is inside."""
+    path = path.resolve()
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+def modified_time(file: Path) -> float:
+    """Return when a file was last written, in seconds since 1970."""
+    return file.stat().st_mtime
+
+
+def sha256_of(file: Path) -> str:
+    """Return the SHA-256 of a file's content, in hexadecimal."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()

@@ -1,0 +1,159 @@
+"""What a run logs before its first step and when it ends."""
+
+import math
+import shlex
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from omegaconf import DictConfig
+
+from language_model.data.datamodule import TokenData
+from language_model.files import ROOT, display_path, write_json
+from language_model.runs.config import as_dict, flatten, one_line
+from language_model.runs.folder import read_job
+from language_model.runs.plan import Plan
+from language_model.runs.resume import can_change_on_resume
+from language_model.terminal import log
+from language_model.training.hardware import describe_device
+from language_model.training.module import LanguageModel, NonFiniteError
+
+
+def log_start(run: Plan) -> float:
+    """Log what will be trained, on what, and where it is written; return the loss before training.
+
+    A warning says if that loss is far from ln V, the loss of equal probabilities for all V tokens.
+    """
+    config, data, trainer, device = run.config, run.data, run.trainer, run.trainer.strategy.root_device
+    uniform = math.log(data.tokenizer.vocab_size)
+    untrained = untrained_loss(run.module, data, device)
+    devices = f" × {trainer.world_size}" if trainer.world_size > 1 else ""
+    epochs = f", {trainer.max_epochs} epochs" if (trainer.max_epochs or -1) > 0 else ""
+    total = f"{run.steps:,} in all" if run.steps else "no limit"
+    tokens = data.batch_size * data.seq_len * trainer.world_size * trainer.accumulate_grad_batches
+    split = f" and {data.num_val_tokens:,} for validation" if data.has_validation else ""
+    lines = {
+        "device": f"{describe_device(device)}{devices}, {', '.join(describe_arithmetic(config))}",
+        "corpus": f"{data.name}: {data.num_train_tokens:,} tokens{split}, vocabulary {data.tokenizer.vocab_size:,}",
+        "windows": f"{data.train_batch_sampler().num_windows:,} of {data.seq_len} tokens, stride {data.stride}",
+        "steps": f"{len(data.train_dataloader()):,} batches an epoch, {total}{epochs}, {tokens:,} tokens a step",
+        "model": f"{sum(p.numel() for p in run.module.network.parameters()):,} parameters",
+        "loss": f"uniform baseline ln {data.tokenizer.vocab_size} = {uniform:.4f}, untrained {untrained:.4f}",
+        "folder": display_path(run.folder),
+    }
+    for name, line in lines.items():
+        log.info(f"{name:8} {line}")
+    log.info("")
+    if abs(untrained - uniform) > 0.1 * uniform + 0.1 and not config.resume:
+        log.warning(
+            f"the untrained loss {untrained:.2f} is far from the uniform baseline {uniform:.2f}: "
+            "is something wrong with the network or its initial weights?"
+        )
+    if run.previous is not None:
+        log.info(f"resuming from {display_path(run.previous.checkpoint)}")
+    return untrained
+
+
+@torch.no_grad()
+def untrained_loss(module: LanguageModel, data: TokenData, device: torch.device) -> float:
+    """Return the loss (nats a token) of the network before training, on about 2,048 tokens spread over the corpus."""
+    indices = np.linspace(0, len(data.train_windows) - 1, max(1, 2048 // data.seq_len)).astype(np.int64)
+    training = module.training
+    module.eval().to(device)
+    inputs, targets = data.train_windows.__getitems__(indices)
+    loss = module.loss((inputs.to(device), targets.to(device)))
+    module.train(training)
+    return float(loss)
+
+
+def describe_arithmetic(config: DictConfig) -> list[str]:
+    """Return how the run computes: precision, attention, optimizer, compiled or not."""
+    words = [f"precision {config.trainer.precision}"]
+    if config.model.get("attention"):
+        words.append(f"attention {config.model.attention}")
+    if config.optimizer.get("fused") is not None:
+        words.append(f"optimizer {'fused' if config.optimizer.fused else 'not fused'}")
+    return [*words, "compiled" if config.compile else "not compiled"]
+
+
+def log_hyperparameters(run: Plan, result: dict[str, Any]) -> None:
+    """Write the settings and the best metric to TensorBoard's HPARAMS, once, at the end.
+
+    What a sweep varies comes a second time as ``(swept) <key>``: TensorBoard sorts by name, and shows the first few.
+    """
+    sections = ("model", "data", "optimizer", "schedule", "trainer", "seed")
+    settings = {
+        key: value
+        for key, value in flatten(as_dict(run.config)).items()
+        if key.split(".")[0] in sections
+        and value is not None
+        and not key.endswith("_")
+        and not can_change_on_resume(key)
+    }
+    for key, value in read_job(run.folder).get("swept", {}).items():
+        with suppress(ValueError):
+            value = float(value)
+        settings[f"(swept) {key}"] = value
+    metrics = {f"best/{result['monitor']}": result["best"]} if "best" in result else {}
+    for logger in run.trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            logger.log_hyperparams(settings, metrics, step=run.trainer.global_step)
+            logger.save()
+
+
+def log_end(config: DictConfig, result: dict[str, Any]) -> None:
+    """Log what a finished run has reached, and what can be done next."""
+    metrics, folder = result["metrics"], Path(config.folder)
+    final = ", ".join(f"{name} {metrics[name]:.4f}" for name in ("train/loss_epoch", "val/loss") if name in metrics)
+    log.info("")
+    if "stopped_early" in result:
+        log.info(f"stopped  after epoch {result['epochs'] - 1}: {result['stopped_early']}")
+    if "best" in result:
+        saved = display_path(Path(result["best_checkpoint"]))
+        log.info(f"best     {result['monitor']} {result['best']:.4f}, saved in {saved}")
+    log.info(f"final    {final or 'no epoch was finished'}; uniform baseline {result['uniform_baseline']:.4f}")
+    speed = f", {result['tokens_per_sec']:,.0f} tokens/s" if "tokens_per_sec" in result else ""
+    speed += f", {result['mfu']:.1%} of the device's peak" if result.get("mfu") else ""
+    log.info(f"time     {result['seconds']:.1f} s for {result['steps']:,} steps{speed}")
+    if "grad_norm_max" in result:
+        clip = config.trainer.gradient_clip_val
+        clipped = f"{result['clipped_share']:.1%} of the steps clipped to {clip:g}" if clip else "not clipped"
+        log.info(
+            f"gradient norm largest {result['grad_norm_max']:.2f}, mean {result['grad_norm_mean']:.2f}, "
+            f"last {result['grad_norm_last']:.2f}; {clipped}"
+        )
+    if result.get("sample"):
+        log.info("\n" + result["sample"].strip("\n"))
+    log.info("")
+    log.info(f"look     tensorboard --logdir {shlex.quote(display_path(folder.parent))}")
+    if config.trainer.max_epochs > 0:
+        log.info(f"longer   {resume_command(folder, f'trainer.max_epochs={2 * config.trainer.max_epochs}')}")
+
+
+def log_interrupted(run: Plan) -> None:
+    """Log how an interrupted run can be resumed."""
+    log.warning(f"interrupted at step {run.trainer.global_step:,}; resume with: {resume_command(run.folder)}")
+
+
+def log_failure(run: Plan, error: Exception) -> None:
+    """Log why a run failed and how to resume it; save the batch if its gradient was not finite."""
+    if isinstance(error, NonFiniteError):
+        file = run.folder / "nonfinite.json"
+        texts = [run.module.tokenizer.decode(row) for row in error.tokens.tolist()]
+        facts = {"step": error.step, "lr": error.lr, "loss": error.loss, "grad_norm": error.grad_norm, "texts": texts}
+        write_json(file, facts)
+        log.warning(f"the batch begins with {texts[0][:60]!r}; all of it is in {display_path(file)}")
+    else:
+        log.warning(f"{type(error).__name__}: {one_line(str(error))}")
+    if (run.folder / "checkpoints" / "last.ckpt").exists():
+        log.warning(f"once the cause is removed, resume with: {resume_command(run.folder)}")
+
+
+def resume_command(folder: Path, *overrides: str) -> str:
+    """Return the command that resumes a run."""
+    return shlex.join(
+        ["python", display_path(ROOT / "scripts" / "train.py"), f"resume={display_path(folder)}", *overrides]
+    )

@@ -1,0 +1,103 @@
+"""Carrying out a plan: training, and writing the result however it ends."""
+
+import math
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from language_model.runs import announce
+from language_model.runs.config import ConfigError
+from language_model.runs.folder import package_versions, run_folder, write_result
+from language_model.runs.load import load_checkpoint
+from language_model.runs.plan import Plan
+from language_model.training.log_files import truncate_logs
+from language_model.training.module import NonFiniteError
+
+
+def fit(run: Plan) -> dict[str, Any]:
+    """Train as planned, in the run's folder; return the result, which ``result.json`` also gets.
+
+    Of several processes only the first writes to the folder, besides checkpoints.
+
+    Raises:
+        SystemExit: the run was interrupted; its status is 143 after SIGTERM and 130 after Ctrl-C.
+        ConfigError: a gradient was not finite, or a file could not be written.
+    """
+    if not run.trainer.is_global_zero:
+        return train(run)
+    with run_folder(run.folder, run.config, run.overrides, run.data.tokenizer):
+        return train(run)
+
+
+def train(run: Plan) -> dict[str, Any]:
+    """Log the start, train, and write the result."""
+    result: dict[str, Any] = {
+        "status": "failed",
+        "uniform_baseline": math.log(run.data.tokenizer.vocab_size),
+        "untrained_loss": announce.log_start(run),
+        "versions": package_versions(),
+    }
+    if run.trainer.is_global_zero and not run.folder_is_new:
+        logged = load_checkpoint(run.previous.checkpoint).get("logs", {}) if run.previous else {}
+        truncate_logs(run.trainer, run.folder, logged)
+    seconds_before = run.previous.result.get("seconds", 0.0) if run.previous else 0.0
+    started = time.perf_counter() - seconds_before
+    try:
+        result["status"] = train_to_the_end(run)
+    except SystemExit:
+        result["status"] = "interrupted"
+        raise
+    except Exception as error:
+        result["error"] = f"{type(error).__name__}: {error}"
+        announce.log_failure(run, error)
+        if isinstance(error, NonFiniteError | OSError):  # no mistake in the code: no traceback
+            raise ConfigError(str(error)) from error
+        raise
+    finally:
+        result["seconds"] = time.perf_counter() - started
+        if run.trainer.is_global_zero:
+            result |= collect_result(run)
+            write_result(run.folder, result)
+    if run.trainer.is_global_zero:
+        announce.log_hyperparameters(run, result)
+    return result
+
+
+def train_to_the_end(run: Plan) -> str:
+    """Have Lightning train; return the status, finished or pruned. SystemExit if the run was interrupted."""
+    try:
+        run.trainer.fit(run.module, run.data, ckpt_path=run.checkpoint, weights_only=True)
+    except SystemExit:  # lightning's, after SIGTERM and Ctrl-C, with other statuses
+        announce.log_interrupted(run)
+        received = getattr(run.callbacks.get("last"), "signal", None)
+        sys.exit(143 if run.trainer.received_sigterm or received == signal.SIGTERM else 130)
+    pruning = run.callbacks.get("pruning")
+    return "pruned" if pruning is not None and pruning.pruned else "finished"
+
+
+def collect_result(run: Plan) -> dict[str, Any]:
+    """Return what a run has reached: metrics, steps, speed, gradient norms, the best checkpoint, the last sample."""
+    trainer = run.trainer
+    callbacks = {type(callback).__name__: callback for callback in trainer.callbacks}
+    result: dict[str, Any] = {
+        "metrics": {name: float(value) for name, value in trainer.callback_metrics.items() if "/" in name},
+        "steps": trainer.global_step,
+        "epochs": trainer.current_epoch,
+    }
+    for checkpoint in trainer.checkpoint_callbacks:
+        if getattr(checkpoint, "monitor", None) == run.config.monitor and checkpoint.best_model_score is not None:
+            result |= {"monitor": run.config.monitor, "best": float(checkpoint.best_model_score)}
+            result["best_checkpoint"] = str(Path(checkpoint.best_model_path))
+    if (throughput := callbacks.get("Throughput")) is not None:
+        result |= {"tokens": throughput.tokens, "tokens_per_sec": throughput.tokens_per_sec, "mfu": throughput.mfu}
+    if (norms := callbacks.get("GradientNorm")) is not None:
+        result |= norms.summary(run.module.grad_norm)
+    if (stopping := callbacks.get("EarlyStopping")) is not None and stopping.stopping_reason_message:
+        result["stopped_early"] = stopping.stopping_reason_message
+    if (restoring := callbacks.get("RestoreBest")) is not None and restoring.done:
+        result["restored_best"] = True
+    if (sample := callbacks.get("Sample")) is not None:
+        result["sample"] = sample.text
+    return result

@@ -1,0 +1,157 @@
+"""A run's folder: choosing, locking and finding it, and the files in it."""
+
+import hashlib
+import importlib.metadata
+import logging
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from omegaconf import DictConfig, OmegaConf
+
+from language_model.files import ROOT, display_path, modified_time, read_json, write_json
+from language_model.runs.config import ConfigError, did_you_mean, errors_for_key, flatten, name_or_timestamp
+from language_model.runs.moved_names import with_new_names
+from language_model.terminal import log
+
+RUNS = ROOT / "outputs" / "runs"
+SWEEPS = ROOT / "outputs" / "sweeps"
+
+# Environment variable by which the first process tells those that lightning starts where the run is written.
+RUN_FOLDER = "LANGUAGE_MODEL_RUN_FOLDER"
+
+_locks: list[FileLock] = []  # held until this process ends
+
+
+def all_runs() -> list[Path]:
+    """Return the folders of all runs, jobs of sweeps included."""
+    return [file.parent for file in (*RUNS.glob("*/config.yaml"), *SWEEPS.glob("*/*/config.yaml"))]
+
+
+def find_run(key: str, run: str) -> Path:
+    """Return the folder of a run, given as a folder, a name, or ``latest``; ConfigError (naming `key`) if none is."""
+    runs = {folder.name: folder for folder in all_runs()}
+    if run == "latest" and runs:
+        return max(runs.values(), key=lambda folder: modified_time(folder / "config.yaml"))
+    for folder in (Path(run), RUNS / run):
+        if (folder / "config.yaml").is_file():
+            return folder.resolve()
+    raise ConfigError(f"{key}={run}: no such run; give a run's folder or name, or latest{did_you_mean(run, runs)}")
+
+
+def read_config(folder: Path) -> DictConfig:
+    """Return a run's config, with the names of today."""
+    return OmegaConf.create(with_new_names(OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))))
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """Return a run's config as a flat dict with dotted keys; empty if it was not saved yet."""
+    saved = (folder / "config.yaml").is_file()
+    return flatten(OmegaConf.to_container(read_config(folder))) if saved else {}
+
+
+def read_result(folder: Path) -> dict[str, Any]:
+    """Return a run's result; empty if it has none yet."""
+    result = read_json(folder / "result.json")
+    if "guessing_loss" in result:  # its name in older runs
+        result["uniform_baseline"] = result.pop("guessing_loss")
+    return result
+
+
+def write_result(folder: Path, result: dict[str, Any]) -> None:
+    """Write ``result.json``."""
+    write_json(folder / "result.json", result)
+
+
+def read_job(folder: Path) -> dict[str, Any]:
+    """Return what a sweep wrote about one of its jobs; empty for a run that belongs to no sweep."""
+    return read_json(folder / "job.json")
+
+
+def update_job(folder: Path, **facts: Any) -> None:
+    """Write facts into ``job.json``; those of the same names are replaced."""
+    write_json(folder / "job.json", read_job(folder) | facts)
+
+
+def choose_folder(config: DictConfig) -> Path:
+    """Return the folder for this run, without creating it: ``folder`` if given, else ``outputs/runs/<name>``."""
+    folder = Path(config.folder) if config.folder else RUNS / name_or_timestamp(config.name)
+    if rank_zero_only.rank == 0:
+        os.environ[RUN_FOLDER] = str(folder.resolve())
+    elif not (config.folder or config.name):  # the name has a random part: take the first process's
+        folder = Path(os.environ[RUN_FOLDER])
+    return folder.resolve()
+
+
+def safe_folder_name(name: str, distinguish: str = "", max_length: int = 120) -> str:
+    """Return a name without characters that file systems refuse, of bounded length.
+
+    Where that changes the name, or `distinguish` is given, a hash of both keeps it different from all others.
+    """
+    safe = re.sub(r"[^\w.=,+-]+", "_", name, flags=re.ASCII)[:max_length].lstrip(".") or "defaults"
+    if safe == (name or safe) and not distinguish:
+        return safe
+    return f"{safe}-{hashlib.sha256((name + distinguish).encode()).hexdigest()[:8]}"
+
+
+def lock_folder(folder: Path) -> None:
+    """Keep other processes from training in a folder until this one ends; ConfigError if another one already does."""
+    lock = FileLock(folder / ".lock", is_singleton=True)
+    try:
+        lock.acquire(timeout=1)
+    except Timeout:
+        log.info(f"waiting  for the process that is training in {display_path(folder)}")
+        try:
+            lock.acquire(timeout=60)  # it may have been told to stop just now, and be saving
+        except Timeout:
+            raise ConfigError(f"name: another process is training in {display_path(folder)}") from None
+    _locks.append(lock)
+
+
+@contextmanager
+def run_folder(folder: Path, config: DictConfig, overrides: list[str], tokenizer: Any) -> Iterator[None]:
+    """Create a run's folder with its config and tokenizer, and copy the log inside to ``train.log``."""
+    with errors_for_key("folder"):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock_folder(folder)
+        OmegaConf.save(OmegaConf.create(overrides), folder / "overrides.yaml")
+        tokenizer.save(folder / "tokenizer.json")
+        OmegaConf.save(config, folder / "config.yaml", resolve=True)
+    handler = logging.FileHandler(folder / "train.log", encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    log.addHandler(handler)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        handler.close()
+
+
+def package_versions() -> dict[str, str | None]:
+    """Return the versions that a result depends on, and the git commit of the code (None outside git)."""
+    packages = ("torch", "lightning", "hydra-core", "omegaconf", "tensorboard", "numpy")
+    versions: dict[str, str | None] = {name: importlib.metadata.version(name) for name in packages}
+    return versions | {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "git_commit": git_commit(),
+    }
+
+
+def git_commit() -> str | None:
+    """Return the commit of the project's checkout, with ``-dirty`` if files differ from it; None outside git."""
+    try:
+        completed = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            cwd=ROOT, capture_output=True, text=True, check=True, timeout=10,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return completed.stdout.strip()

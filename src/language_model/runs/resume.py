@@ -1,0 +1,200 @@
+"""Resuming: where a run continues, which settings may change then, and what is refused."""
+
+from collections.abc import Sequence
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import hydra
+from hydra.core.global_hydra import GlobalHydra
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from omegaconf import DictConfig, OmegaConf
+
+from language_model.files import ROOT, display_path, modified_time
+from language_model.runs.config import ConfigError, as_dict, errors_for_key, flatten
+from language_model.runs.folder import find_run, lock_folder, read_result, read_settings
+from language_model.runs.load import load_checkpoint
+from language_model.runs.moved_names import with_new_names
+from language_model.terminal import log
+from language_model.training.module import LanguageModel
+
+# How a run is computed and watched, and how long it is, may change when it resumes; what it computes may not.
+CAN_CHANGE_ON_RESUME = (
+    "name", "folder", "resume", "compile", "model.attention", "optimizer.fused", "total_steps", "schedule.total_steps",
+    "trainer.max_epochs", "trainer.max_steps", "trainer.max_time", "trainer.accelerator", "trainer.devices",
+    "trainer.num_nodes", "trainer.strategy", "trainer.log_every_n_steps", "trainer.enable_*", "trainer.detect_anomaly",
+    "trainer.benchmark", "trainer.default_root_dir", "data.num_workers", "data.cache", "logger.*",
+    "callbacks.last.*", "callbacks.every.*", "callbacks.*.dirpath", "callbacks.console.*", "callbacks.sample.*",
+    "callbacks.dashboard.*", "callbacks.pruning.*", "callbacks.throughput.*", "callbacks.gradient_norm.*",
+)  # fmt: skip
+
+# Settings that are derived from others while they are null.
+DERIVED = (
+    "vocab_size", "*.vocab_size", "monitor", "*.monitor", "trainer.precision", "model.attention", "optimizer.fused",
+    "compile",
+)  # fmt: skip
+
+COMPLETED = ("finished", "pruned")  # the statuses of runs that do not resume
+
+
+class PreviousRun(NamedTuple):
+    """What a run left in its folder when it ended: settings with dotted keys, result, and where it can resume."""
+
+    settings: dict[str, Any]
+    result: dict[str, Any]
+    checkpoint: Path
+
+
+def can_change_on_resume(key: str) -> bool:
+    """Whether a setting may differ when a run resumes."""
+    return any(fnmatch(key, pattern) for pattern in CAN_CHANGE_ON_RESUME)
+
+
+def resolve_resume(config: DictConfig, typed: Sequence[str]) -> tuple[DictConfig, list[str]]:
+    """Return the config of the run that is meant, and its overrides.
+
+    With ``resume=<a run>`` these are that run's own, with the typed overrides on top; else the config as it is.
+    """
+    typed = [override for override in typed if override_key(override) != "folder"]
+    if not config.resume or Path(config.resume).is_file():
+        return config, typed
+    folder = find_run("resume", config.resume)
+    typed = [override for override in typed if override_key(override) not in ("resume", "name")]
+    saved = with_new_names([str(override) for override in OmegaConf.load(folder / "overrides.yaml")])
+    overrides = [old for old in saved if override_key(old) not in map(override_key, typed)] + typed
+    config = compose(overrides)
+    config.folder = str(folder)
+    return config, overrides
+
+
+def compose(overrides: Sequence[str]) -> DictConfig:
+    """Return a run's config from ``conf/train.yaml`` and overrides, in a script or in a notebook."""
+    if GlobalHydra.instance().is_initialized():
+        return hydra.compose("train", list(overrides))
+    with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return hydra.compose("train", list(overrides))
+
+
+def override_key(override: str) -> str:
+    """Return the key that an override sets."""
+    return override.split("=")[0].lstrip("+~")
+
+
+def find_previous_run(folder: Path) -> PreviousRun | None:
+    """Return what a run left in its folder, locking the folder; None if the run is new.
+
+    ConfigError if the folder is another kind of folder, or has no checkpoint that can be read.
+    """
+    checkpoints = folder / "checkpoints"
+    if not folder.exists() or (rank_zero_only.rank and not (checkpoints / "last.ckpt").exists()):
+        return None
+    started, is_job = (folder / "config.yaml").is_file(), (folder / "job.json").is_file()
+    if (started or is_job) and rank_zero_only.rank == 0:
+        with errors_for_key("folder"):
+            lock_folder(folder)
+    if is_job and not started:
+        return None  # a sweep has prepared the folder
+    if not started:
+        raise ConfigError(f"name: {display_path(folder)} exists and is not a run's folder; choose another name")
+    if rank_zero_only.rank == 0:
+        remove_partial_saves(folder)
+    if not list(checkpoints.glob("*.ckpt")) and not any((folder / f).exists() for f in ("metrics.csv", "result.json")):
+        log.info(f"{display_path(folder)} was interrupted before its first step: it starts again")
+        return None
+    return PreviousRun(read_settings(folder), read_result(folder), newest_good_checkpoint(folder))
+
+
+def newest_good_checkpoint(folder: Path) -> Path:
+    """Return ``last.ckpt``, or if it is damaged the newest other checkpoint; ConfigError if none can be read."""
+    last = folder / "checkpoints" / "last.ckpt"
+    others = sorted(last.parent.glob("*.ckpt"), key=modified_time, reverse=True)
+    errors = []
+    for file in (last, *(file for file in others if file != last)):
+        try:
+            load_checkpoint(file)
+        except ConfigError as error:
+            errors.append(str(error))
+            continue
+        for message in errors:
+            log.warning(f"{message}; resuming from {display_path(file)}")
+        return file
+    raise ConfigError(
+        f"{'; '.join(errors)}: no checkpoint to resume from; remove {display_path(folder)} to start again"
+    )
+
+
+def remove_partial_saves(folder: Path) -> None:
+    """Remove what an interrupted save left; a checkpoint that lightning saved on SLURM's signal becomes last.ckpt."""
+    last = folder / "checkpoints" / "last.ckpt"
+    for partial in last.parent.glob("*.partial"):
+        partial.unlink()
+    for requeued in sorted(folder.glob("hpc_ckpt_*.ckpt"), key=modified_time):
+        if not last.exists() or modified_time(last) < modified_time(requeued):
+            requeued.replace(last)
+        else:
+            requeued.unlink()  # lightning would prefer it to any newer checkpoint
+
+
+def is_finished(previous: PreviousRun, config: DictConfig) -> bool:
+    """Whether a run has reached its end, and the config asks for no other length."""
+    return previous.result.get("status") in COMPLETED and not length_changed(previous.settings, config)
+
+
+def length_changed(before: dict[str, Any], config: DictConfig) -> bool:
+    """Whether the config asks for another number of epochs, steps, or time than the settings before."""
+    now = flatten(as_dict(config))
+    return any(before.get(k) != now[k] for k in ("trainer.max_epochs", "trainer.max_steps", "trainer.max_time"))
+
+
+def check_same_settings(folder: Path, before: dict[str, Any], config: DictConfig, derived: bool = True) -> None:
+    """Raise ConfigError if a setting differs that would make the resumed run another run.
+
+    Args:
+        folder: the run's.
+        before: its settings, with dotted keys.
+        config: what is asked for now.
+        derived: whether derived settings are filled in in `config`; if not, null ones are not compared.
+    """
+    now = flatten(as_dict(config))
+    if not derived:
+        now |= {k: before[k] for k in now if now[k] is None and k in before and any(fnmatch(k, d) for d in DERIVED)}
+    changed = [
+        f"{key}={before.get(key, 'nothing')} then, {now.get(key, 'nothing')} now"
+        for key in dict.fromkeys((*before, *now))
+        if before.get(key) != now.get(key) and not can_change_on_resume(key)
+    ]
+    if changed:
+        more = f", and {len(changed) - 4} more" if len(changed) > 4 else ""
+        raise ConfigError(
+            f"{display_path(folder)} was trained with other settings: {'; '.join(changed[:4])}{more}; "
+            f"choose another name, or resume with its own settings by resume={display_path(folder)}"
+        )
+
+
+def check_checkpoint_fits(checkpoint: Path, module: LanguageModel, steps: int | None) -> None:
+    """Raise ConfigError for a checkpoint of another network or tokenizer, or one that has reached all the steps.
+
+    Args:
+        checkpoint: the file.
+        module: the network and the tokenizer of this run.
+        steps: optimizer steps of this run; None for no limit.
+    """
+    content = load_checkpoint(checkpoint)
+    done, theirs = content["global_step"], {name: tuple(w.shape) for name, w in content["state_dict"].items()}
+    ours = {name: tuple(weight.shape) for name, weight in module.state_dict().items()}
+    for name in sorted(ours.keys() | theirs.keys()):
+        if ours.get(name) != theirs.get(name):
+            raise ConfigError(
+                f"resume: {display_path(checkpoint)} belongs to another network: {name} has the shape "
+                f"{theirs.get(name)} there and {ours.get(name)} here"
+            )
+    if content.get("tokenizer", module.tokenizer.fingerprint) != module.tokenizer.fingerprint:
+        raise ConfigError(
+            f"resume: {display_path(checkpoint)} was trained with another tokenizer; use the same text, or "
+            "tokenizer=file tokenizer.path=<that run's folder>/tokenizer.json"
+        )
+    if steps is not None and done >= steps:
+        raise ConfigError(
+            f"resume: {display_path(checkpoint)} was trained for {done:,} steps already, and the run ends at "
+            f"{steps:,}; set a larger trainer.max_epochs or trainer.max_steps"
+        )

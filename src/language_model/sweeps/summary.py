@@ -1,0 +1,242 @@
+"""A sweep's summary, read from its jobs' folders: a table in the terminal, a page, a CSV file and a plot."""
+
+import csv
+import io
+import shlex
+import statistics
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from filelock import FileLock
+from rich.table import Table
+
+from language_model.files import ROOT, display_path, write_text
+from language_model.pages.plots import Series, plot_sweep
+from language_model.runs.folder import read_job, read_result, read_settings
+from language_model.runs.resume import COMPLETED
+from language_model.terminal import log, terminal
+
+SEED = "seed"
+
+
+class Row(NamedTuple):
+    """A job of a sweep, and its outcome."""
+
+    folder: Path
+    overrides: list[str]
+    values: dict[str, str]  # of the settings that vary between the jobs
+    status: str  # finished, pruned, failed, not finished
+    error: str | None
+    metric: str | None
+    value: float | None  # the best of the metric; lower is better
+    result: dict[str, Any]
+
+    @property
+    def seconds(self) -> float:
+        """Training time."""
+        return self.result.get("seconds", 0.0)
+
+    @property
+    def setting(self) -> dict[str, str]:
+        """The values, without the seed."""
+        return {key: value for key, value in self.values.items() if key != SEED}
+
+
+class Group(NamedTuple):
+    """The jobs that differ only in the seed."""
+
+    setting: dict[str, str]
+    rows: list[Row]
+
+    @property
+    def values(self) -> list[float]:
+        """The best metric of each finished job."""
+        return [row.value for row in self.rows if row.value is not None and row.status == "finished"]
+
+    @property
+    def label(self) -> str:
+        """The setting in one line."""
+        return format_setting(self.setting) or "all"
+
+    @property
+    def series(self) -> Series:
+        """What a plot shows of it."""
+        pruned = [row.value for row in self.rows if row.value is not None and row.status == "pruned"]
+        return Series(self.label, self.setting, [row.folder for row in self.rows], self.values, pruned)
+
+
+def format_setting(setting: dict[str, str]) -> str:
+    """Return a setting in one line."""
+    return ", ".join(f"{key}={shorten(value)}" for key, value in setting.items())
+
+
+def shorten(value: str) -> str:
+    """Return a number of eight or more characters with four digits; other text as it is."""
+    try:
+        return value if len(value) < 8 else f"{float(value):.4g}"
+    except ValueError:
+        return value
+
+
+def read(sweep: Path) -> list[Row]:
+    """Return the jobs of a sweep, the best first, those without a value last."""
+    jobs = {file.parent: read_job(file.parent) for file in sweep.glob("*/job.json")}
+    keys = dict.fromkeys(key for job in jobs.values() for key in job["values"])
+    filled = {
+        folder: {key: job["values"].get(key) or str(read_settings(folder).get(key, "")) for key in keys}
+        for folder, job in jobs.items()
+    }
+    varied = [key for key in keys if len({values[key] for values in filled.values()}) > 1]
+    rows = [row(folder, job, {key: filled[folder][key] for key in varied}) for folder, job in jobs.items()]
+    return sorted(rows, key=lambda r: (r.value is None or r.status == "failed", r.value or 0.0, r.folder.name))
+
+
+def row(folder: Path, job: dict[str, Any], values: dict[str, str]) -> Row:
+    """Return a job's row, with its `values` of the settings that vary."""
+    result = read_result(folder)
+    status = "failed" if job.get("error") else result.get("status", "")
+    if status not in (*COMPLETED, "failed"):
+        status = "not finished"
+    error, metric, best = job.get("error"), result.get("monitor"), result.get("best")
+    return Row(folder, job["overrides"], values, status, error, metric, best, result)
+
+
+def outcome(folder: Path) -> str:
+    """Return a job's outcome in one line: its error, or its best metric, status and time."""
+    job, result = read_job(folder), read_result(folder)
+    name = format_setting({k: v for k, v in job["values"].items() if k != "trial"}) if "trial" in job else folder.name
+    if job["error"]:
+        return f"{name}: {job['error']}"
+    best = f"{result['monitor']} {result['best']:.4f}, " if "best" in result else ""
+    return f"{name}: {best}{result.get('status', 'not finished')} in {format_duration(result.get('seconds', 0.0))}"
+
+
+def groups(rows: Iterable[Row]) -> list[Group]:
+    """Return the rows grouped by setting, the best mean first."""
+    found: dict[tuple, Group] = {}
+    for row in rows:
+        found.setdefault(tuple(row.setting.items()), Group(row.setting, [])).rows.append(row)
+    return sorted(
+        found.values(), key=lambda group: (not group.values, statistics.fmean(group.values or [0.0]), group.label)
+    )
+
+
+def best(rows: Iterable[Row]) -> Row | None:
+    """Return the best job of the setting with the best mean over its seeds; None if no job has finished."""
+    first = next(iter(groups(rows)), None)
+    done = [row for row in first.rows if row.status == "finished" and row.value is not None] if first else []
+    return min(done, key=lambda row: row.value or 0.0, default=None)
+
+
+def command(row: Row) -> str:
+    """Return the command that repeats a job as a run."""
+    single = ["hydra.mode=RUN"] if any(o.startswith("experiment=") for o in row.overrides) else []
+    return shlex.join(["python", display_path(ROOT / "scripts" / "train.py"), *row.overrides, *single])
+
+
+def table(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
+    """Return the heading and the lines of the table of settings."""
+    settings = list(rows[0].setting) if rows else []
+    metric = next((row.metric for row in rows if row.metric), "metric")
+    several = any(len(group.rows) > 1 for group in groups(rows))
+    lines = []
+    for group in groups(rows):
+        seconds = [row.seconds for row in group.rows if row.status == "finished"]
+        unfinished = [row.status for row in group.rows if row.status != "finished"]
+        lines.append(
+            [
+                *map(shorten, group.setting.values()),
+                mean_and_deviation(group.values),
+                *([str(len(group.values))] if several else []),
+                format_duration(statistics.fmean(seconds)) if seconds else "–",
+                ", ".join(f"{unfinished.count(status)} {status}" for status in dict.fromkeys(unfinished)),
+            ]
+        )
+    heading = [
+        *settings,
+        f"{metric} (mean ± s.d.)" if several else metric,
+        *(["seeds"] if several else []),
+        "time a job",
+    ]
+    if any(line[-1] for line in lines):
+        return [*heading, ""], lines
+    return heading, [line[:-1] for line in lines]
+
+
+def mean_and_deviation(values: list[float]) -> str:
+    """Return "mean ± sample standard deviation" of the values."""
+    if not values:
+        return "–"
+    deviation = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.4f}{deviation}"
+
+
+def format_duration(seconds: float) -> str:
+    """Return a time in seconds, minutes or hours, whichever reads best."""
+    if seconds < 100:
+        return f"{seconds:.0f} s" if seconds > 9.95 else f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def update(sweep: Path) -> list[Row]:
+    """Rewrite ``summary.csv``, ``summary.md`` and ``summary.png``; return the rows."""
+    with FileLock(sweep / ".summary.lock"):
+        rows = read(sweep)
+        write_text(sweep / "summary.csv", as_csv(rows))
+        write_text(sweep / "summary.md", as_markdown(sweep, rows))
+        metric = next((row.metric for row in rows if row.metric), None)
+        if metric is not None:
+            plot_sweep([group.series for group in groups(rows)], metric, sweep / "summary.png")
+    return rows
+
+
+def as_csv(rows: list[Row]) -> str:
+    """Return the CSV file: a line for each job."""
+    metrics = sorted({name for row in rows for name in row.result.get("metrics", {})})
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    heading = [*(rows[0].values if rows else ()), "status", "metric", "best", *metrics]
+    writer.writerow([*heading, "steps", "tokens", "seconds", "error", "folder"])
+    for row in rows:
+        last = row.result.get("metrics", {})
+        values = [*row.values.values(), row.status, row.metric, row.value, *(last.get(name) for name in metrics)]
+        facts = [row.result.get(name) for name in ("steps", "tokens", "seconds")]
+        writer.writerow([*values, *facts, row.error, row.folder.name])
+    return text.getvalue()
+
+
+def as_markdown(sweep: Path, rows: list[Row]) -> str:
+    """Return the page: table, plot, the command that repeats the best job, failures."""
+    heading, lines = table(rows)
+    finished = sum(row.status == "finished" for row in rows)
+    page = [f"# {sweep.name}", "", f"{finished} of {len(rows)} jobs finished.", ""]
+    page += [markdown_line(heading), markdown_line("---" for _ in heading), *map(markdown_line, lines), ""]
+    page += ["![every job](summary.png)", ""]
+    if first := best(rows):
+        page += ["The command that repeats the best job:", "", "```sh", command(first), "```", ""]
+    if failed := [row for row in rows if row.error]:
+        page += ["Failed:", "", *(f"- `{row.folder.name}`: {row.error}" for row in failed), ""]
+    return "\n".join(page)
+
+
+def markdown_line(cells: Iterable[str]) -> str:
+    """Return a line of a Markdown table."""
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def show(sweep: Path, rows: list[Row]) -> None:
+    """Log the table, the failures, the best job's command, and where to look."""
+    heading, lines = table(rows)
+    rich_table = Table(*(name.replace(" (", "\n(") for name in heading))
+    for line in lines:
+        rich_table.add_row(*line)
+    log.info("")
+    terminal.print(rich_table, soft_wrap=True)
+    for error in dict.fromkeys(row.error for row in rows if row.error):
+        names = [row.folder.name for row in rows if row.error == error]
+        log.warning(f"failed: {error} ({names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''})")
+    if first := best(rows):
+        log.info(f"best     {command(first)}")
+    log.info(f"summary  {display_path(sweep / 'summary.md')}, .csv, .png")
+    log.info(f"look     tensorboard --logdir {shlex.quote(display_path(sweep))}")

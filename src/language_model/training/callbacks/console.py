@@ -1,0 +1,110 @@
+"""What a run writes to the terminal while it trains."""
+
+import math
+import os
+import time
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import ProgressBar
+from pydantic import PositiveInt
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from language_model.terminal import JOB_LABEL, log, terminal
+
+
+class Console(ProgressBar):
+    """All that a run says in the terminal while it trains: one bar over all steps, and a line every few epochs.
+
+    Args:
+        log_interval: epochs between lines; validations inside an epoch get a line of their own.
+    """
+
+    def __init__(self, log_interval: PositiveInt = 5) -> None:
+        super().__init__()
+        self.log_interval = log_interval
+        self._bar: Progress | None = None
+        self._enabled = True
+        self._started = 0.0
+        self._said_epoch = -1
+
+    def disable(self) -> None:
+        """Say nothing: on all ranks but the first."""
+        self._enabled = False
+
+    def enable(self) -> None:
+        """Speak again."""
+        self._enabled = True
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Show the bar, where there is a terminal to show it."""
+        self._started = time.perf_counter()
+        if self._enabled and terminal.is_terminal:
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=24),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[values]}"),
+                TimeRemainingColumn(compact=True),
+                TextColumn("left"),
+                console=terminal,
+                transient=True,
+                refresh_per_second=4,
+            )
+            total = trainer.estimated_stepping_batches
+            self._bar.add_task(
+                os.environ.get(JOB_LABEL, "step"),
+                total=None if math.isinf(total) else total,
+                completed=trainer.global_step,
+                values="",
+            )
+            self._bar.start()
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Move the bar, at the steps that are logged."""
+        if self._bar is None or trainer.global_step % trainer.log_every_n_steps:
+            return
+        values = trainer.callback_metrics
+        shown = f"loss {values['train/loss']:.4f} · lr {values['lr']:.2e}" if "train/loss" in values else ""
+        if "train/tokens_per_sec" in values:
+            shown += f" · {values['train/tokens_per_sec']:,.0f} tokens/s"
+        self._bar.update(self._bar.task_ids[0], completed=trainer.global_step, values=shown)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Say the epoch's line, if it is its turn."""
+        if trainer.current_epoch % self.log_interval == 0:
+            self._say_epoch(trainer, pl_module, trainer.current_epoch)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Say a line for a validation inside an epoch."""
+        fitting = trainer.state.fn == "fit" and not trainer.sanity_checking
+        if fitting and not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+            self._say(trainer, pl_module, f"Step {trainer.global_step:,}")
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Say the last epoch's line, and take the bar away."""
+        self._close()
+        self._say_epoch(trainer, pl_module, trainer.current_epoch - 1)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
+        """Take the bar away."""
+        self._close()
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def _say_epoch(self, trainer: L.Trainer, pl_module: Any, epoch: int) -> None:
+        if epoch > self._said_epoch:
+            self._said_epoch = epoch
+            self._say(trainer, pl_module, f"Epoch {epoch:3d}")
+
+    def _say(self, trainer: L.Trainer, pl_module: Any, when: str) -> None:
+        if not self._enabled:
+            return
+        parts = [when, f"Loss: {pl_module.epoch_loss.value:.4f}"]
+        if "val/loss" in trainer.callback_metrics:
+            parts.append(f"Val loss: {trainer.callback_metrics['val/loss']:.4f}")
+        parts += [f"LR: {pl_module.last_lr:.6f}", f"Time: {time.perf_counter() - self._started:.1f}s"]
+        log.info(" | ".join(parts))

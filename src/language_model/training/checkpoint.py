@@ -1,0 +1,166 @@
+"""Checkpoints: written whole or not at all, and complete enough to resume to the same bits."""
+
+import os
+import secrets
+import signal
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from pydantic import PositiveInt
+
+from language_model.terminal import log
+from language_model.training.log_files import log_file_lengths
+from language_model.training.module import NonFiniteError
+from language_model.training.random_state import RandomState, get_random_state, set_random_state, to_plain_values
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint to a temporary file, syncs it to disk, and renames it.
+
+    After a kill, a full disk or a power cut, the file at the path is whole: the new checkpoint or the one before.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Write a checkpoint; OSError names the file, and the checkpoint before it is kept."""
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f"{target.name}.{secrets.token_hex(4)}.partial")
+        try:
+            with temporary.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(target)
+        except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError for a full disk
+            raise OSError(f"{target} could not be written ({error}); the checkpoint before it is whole") from error
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+class LastCheckpoint(Checkpoint):
+    """Saves ``last.ckpt``, from which a run resumes to the same bits as if it had never stopped.
+
+    It is saved between two optimizer steps, when everything that belongs to the step before is done (its validation
+    and its logged metrics included): every `every_n_steps` steps, when the run is interrupted or fails, and at the end.
+
+    This callback also adds to every checkpoint of the run, whoever saves it, what exact resuming needs besides
+    Lightning's own state: each process's random state, the position in the epoch, the latest values of the metrics,
+    and the lengths of the files that these are logged to.
+
+    Args:
+        dirpath: the run's folder for checkpoints.
+        every_n_steps: optimizer steps between two saves; None to save only when the run stops.
+    """
+
+    def __init__(self, dirpath: str, every_n_steps: PositiveInt | None = 500) -> None:
+        self.dirpath = Path(dirpath)
+        self.every_n_steps = every_n_steps
+        self.signal: int | None = None  # the signal that asked the run to stop
+        self._saved_step = -1
+        self._between_steps = True
+        self._random_state: RandomState | None = None  # at the start of this step
+        self._to_restore: list[dict[str, Any]] | None = None
+        self._metrics: dict[str, torch.Tensor] = {}
+
+    def save(self, trainer: L.Trainer) -> None:
+        """Save ``last.ckpt`` now."""
+        self._saved_step = trainer.global_step
+        trainer.save_checkpoint(self.dirpath / "last.ckpt")
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Restore the checkpoint's random state; from now on SIGTERM and Ctrl-C take effect when the step is done."""
+        if self._to_restore is not None:
+            self._saved_step = trainer.global_step
+            trainer.callback_metrics.update(self._metrics)
+            if len(self._to_restore) == trainer.world_size:
+                set_random_state(self._to_restore[trainer.global_rank])
+            else:
+                log.warning(
+                    f"the checkpoint was saved by {len(self._to_restore)} processes and this run has "
+                    f"{trainer.world_size}: random numbers differ from here on"
+                )
+        if trainer.world_size == 1 and not SLURMEnvironment.detect():  # lightning's requeue the job
+            for signum in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(signum, self._on_signal)
+
+    def _on_signal(self, signum: int, frame: Any) -> None:
+        if self.signal is not None:
+            raise KeyboardInterrupt  # a second signal stops at once
+        self.signal = signum
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Stop if a signal asked for it, or save if it is time: everything of the steps before is done."""
+        if self._to_restore is not None:  # lightning adds one where a validation was due
+            trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
+            self._to_restore = None
+        self._between_steps = batch_idx % trainer.accumulate_grad_batches == 0
+        if not self._between_steps:
+            return
+        self._random_state = get_random_state()
+        if self.signal is not None:
+            raise SIGTERMException
+        step = trainer.global_step
+        if step > self._saved_step and (step == 0 or (self.every_n_steps and step % self.every_n_steps == 0)):
+            self.save(trainer)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
+        """Save the state after the last complete step."""
+        stopped_by_lightning = isinstance(exception, SIGTERMException) and self.signal is None
+        if stopped_by_lightning:  # between two batches
+            done = trainer.fit_loop.epoch_loop.batch_progress.current.processed
+            self._between_steps = done % trainer.accumulate_grad_batches == 0
+            self._random_state = get_random_state()
+        found_late = isinstance(exception, NonFiniteError) and exception.step < trainer.global_step
+        stopped_at_once = isinstance(exception, KeyboardInterrupt) or not self._between_steps
+        if self._random_state is None or stopped_at_once or found_late:
+            return  # keep the one before: no step is done, or one is half done, or counted but not taken
+        try:
+            self.save(trainer)
+        except OSError as error:
+            log.warning(str(error))
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Save the final state."""
+        self._random_state = None
+        if not trainer.fast_dev_run:
+            self.save(trainer)
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Add what exact resuming needs to any checkpoint."""
+        set_counters_between_batches(checkpoint["loops"]["fit_loop"], trainer.global_step)
+        state = to_plain_values(self._random_state or get_random_state())
+        states = [state] * trainer.world_size
+        if trainer.world_size > 1:
+            torch.distributed.all_gather_object(states, state)
+        checkpoint["random_state"] = states
+        checkpoint["logs"] = log_file_lengths(trainer) if trainer.is_global_zero else {}
+        checkpoint["metrics"] = {name: value.detach().cpu() for name, value in trainer.callback_metrics.items()}
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Keep the random state and the latest metrics until training starts."""
+        self._to_restore = checkpoint.get("random_state")
+        self._metrics = checkpoint.get("metrics", {})
+
+
+def set_counters_between_batches(fit_loop: dict[str, Any], global_step: int) -> None:
+    """Set the saved loop counters to the moment between two batches, whichever hook the save happened in.
+
+    A checkpoint saved inside a hook makes Lightning skip or repeat the rest of that hook's work (a validation, the end
+    of an epoch) when it resumes. Between two batches no such work is left.
+    """
+    batches, epochs = fit_loop["epoch_loop.batch_progress"], fit_loop["epoch_progress"]
+    for counted in (batches["total"], batches["current"]):
+        counted.update(dict.fromkeys(("ready", "started", "completed"), counted["processed"]))
+    batches["is_last_batch"] = False
+    if epochs["current"]["processed"] == epochs["current"]["started"]:  # the epoch is complete: the next one starts
+        batches["current"].update(dict.fromkeys(batches["current"], 0))
+        for counted in (epochs["total"], epochs["current"]):
+            done = counted["processed"]
+            counted.update(ready=done + 1, started=done + 1, completed=done)
+    fit_loop["epoch_loop.state_dict"]["_batches_that_stepped"] = global_step

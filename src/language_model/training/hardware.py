@@ -1,0 +1,121 @@
+"""What the machine is, and what that decides."""
+
+import os
+import platform
+import re
+import shutil
+import sys
+from importlib.util import find_spec
+
+import torch
+
+
+def device_type(accelerator: str) -> str:
+    """Return what `trainer.accelerator` stands for on this machine: cuda, mps, cpu, ..."""
+    if accelerator not in ("auto", "gpu"):
+        return accelerator
+    found = torch.accelerator.current_accelerator(check_available=True)
+    return found.type if found else "cpu"
+
+
+def has_bf16_units(device: str) -> bool:
+    """Whether matrix products in bfloat16 are fast on this kind of device here, not only possible."""
+    if device == "cuda":
+        return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    if device == "cpu":
+        can = cpu_capabilities()
+        return bool(can.get("avx512_bf16") or can.get("amx_bf16"))
+    return False
+
+
+def best_precision(device: str) -> str:
+    """Return bf16-mixed where the hardware has units for it (float32 weights, same loss), else 32-true."""
+    return "bf16-mixed" if has_bf16_units(device) else "32-true"
+
+
+def full_precision_name(precision: str | int) -> str:
+    """Return a precision as lightning names it: 16-mixed for 16."""
+    return {"16": "16-mixed", "bf16": "bf16-mixed", "32": "32-true", "64": "64-true"}.get(
+        str(precision), str(precision)
+    )
+
+
+def best_attention(device: str, precision: str, dropout: float) -> str:
+    """Return "unfused" on a CPU in bfloat16 or with dropout, where torch's fused kernel is slower; else "fused"."""
+    return "unfused" if device == "cpu" and (dropout > 0 or precision.startswith("bf16")) else "fused"
+
+
+def can_fuse_optimizer(device: str, precision: str) -> bool:
+    """Whether torch has optimizers in one kernel here; float16's gradients must be unscaled before clipping."""
+    return device in ("cpu", "cuda", "mps", "xpu") and precision != "16-mixed"
+
+
+def missing_for_compiling(device: str) -> str | None:
+    """Return in words what torch.compile would need and does not find here; None if nothing."""
+    if device == "cuda":
+        if find_spec("triton") is None:
+            return "triton"
+        if torch.cuda.is_available() and torch.cuda.get_device_capability() < (7, 0):
+            return "a GPU of compute capability 7.0 or later"
+        if not any(shutil.which(name) for name in (os.environ.get("CC", "cc"), "gcc", "clang")):
+            return "a C compiler, such as gcc"
+    if device == "cpu":
+        usual = {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
+        if not shutil.which(os.environ.get("CXX", usual)):
+            return f"a C++ compiler: {usual}, or what the variable CXX names"
+    return None
+
+
+def worth_compiling(device: str, steps: int | None) -> bool:
+    """Whether compiling repays: on GPUs, for runs that are long enough; on a CPU it takes 10 to 25 seconds."""
+    return device == "cuda" and (steps is None or steps >= 1000) and missing_for_compiling(device) is None
+
+
+# Dense bfloat16 operations a second, by a part of the device's name: the makers' data sheets, sparsity left out. The
+# first that fits counts.
+PEAK_BF16 = {
+    "GB200": 2.5e15,
+    "B200": 2.25e15,
+    "GH200": 989.4e12,
+    "H200": 989.4e12,
+    "H100 NVL": 835e12,
+    "H100 PCIe": 756e12,
+    "H100": 989.4e12,
+    "H800": 989.4e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "A40": 149.7e12,
+    "A30": 165e12,
+    "A10G": 70e12,
+    "A10": 125e12,
+    "L40S": 362e12,
+    "L40": 181e12,
+    "L4": 121e12,
+    "RTX 5090": 209.5e12,
+    "RTX 4090": 165.2e12,
+    "RTX 3090": 71e12,
+    "RTX A6000": 154.8e12,
+}
+
+
+def peak_flops(device: torch.device, precision: str) -> float | None:
+    """Return the most operations a second that a device can do in this precision; None where that is not known."""
+    if device.type != "cuda" or not precision.startswith("bf16"):
+        return None
+    words = torch.cuda.get_device_name(device)
+    return next((peak for name, peak in PEAK_BF16.items() if re.search(rf"\b{name}\b", words)), None)
+
+
+def describe_device(device: torch.device) -> str:
+    """Return a device as a person would name it."""
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)} (cuda:{device.index})"
+    if device.type == "cpu":
+        name = cpu_capabilities().get("cpu_name") or platform.processor() or platform.machine()
+        return f"cpu ({name}, {torch.get_num_threads()} threads)"
+    return str(device)
+
+
+def cpu_capabilities() -> dict[str, object]:
+    """Return what torch knows of this CPU; nothing where torch is too old to tell."""
+    return dict(getattr(torch.cpu, "get_capabilities", dict)())

@@ -1,0 +1,83 @@
+"""Learning-rate schedules: pure functions from the step (0 for the first update) to the learning rate.
+
+Each takes the step first; the rest comes from its file in ``conf/schedule``.
+"""
+
+import math
+
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+
+def constant(step: int, lr: PositiveFloat) -> float:
+    """Return `lr` at every step, as the chapter's exercises use it."""
+    return lr
+
+
+def warmup_cosine(
+    step: int,
+    lr: PositiveFloat,
+    total_steps: PositiveInt,
+    warmup_steps: NonNegativeInt,
+    min_lr: NonNegativeFloat = 0.0,
+) -> float:
+    """Linear warmup to `lr`, then half a cosine to `min_lr` at `total_steps`: the chapter's get_lr, to the last bit.
+
+    ValueError if the warmup is longer than the run.
+    """
+    check_warmup(warmup_steps, total_steps)
+    if step < warmup_steps:
+        return lr * (step + 1) / warmup_steps
+    return min_lr + (lr - min_lr) * 0.5 * (1 + math.cos(math.pi * decay_progress(step, warmup_steps, total_steps)))
+
+
+def warmup_linear(
+    step: int,
+    lr: PositiveFloat,
+    total_steps: PositiveInt,
+    warmup_steps: NonNegativeInt,
+    min_lr: NonNegativeFloat = 0.0,
+) -> float:
+    """Linear warmup to `lr`, then a straight line to `min_lr` at `total_steps` (arXiv:2502.15938 for why to zero).
+
+    ValueError if the warmup is longer than the run.
+    """
+    check_warmup(warmup_steps, total_steps)
+    if step < warmup_steps:
+        return lr * (step + 1) / warmup_steps
+    return min_lr + (lr - min_lr) * (1 - decay_progress(step, warmup_steps, total_steps))
+
+
+def steps_in_run(
+    batches: int,
+    max_epochs: int | None,
+    max_steps: int = -1,
+    limit_train_batches: float | None = 1.0,
+    accumulate_grad_batches: int = 1,
+) -> int | None:
+    """Return the optimizer steps of a run of `batches` an epoch, by the trainer's settings; None for one without end.
+
+    -1 for max_epochs and max_steps means no limit; limit_train_batches is a share (float) or a number (int). The
+    last, smaller accumulation of an epoch is a step too.
+    """
+    if isinstance(limit_train_batches, float):
+        batches = int(batches * limit_train_batches)
+    elif limit_train_batches is not None:
+        batches = min(batches, limit_train_batches)
+    ends = [max_steps] if max_steps >= 0 else []
+    if max_epochs is not None and max_epochs >= 0:
+        ends.append(max_epochs * math.ceil(batches / accumulate_grad_batches))
+    return min(ends, default=None)
+
+
+def decay_progress(step: int, warmup_steps: int, total_steps: int) -> float:
+    """Return how much of the decay lies behind: 0 at the end of the warmup, 1 from `total_steps` on."""
+    return min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+
+
+def check_warmup(warmup_steps: int, total_steps: int) -> None:
+    """Refuse a warmup that would never reach the peak."""
+    if warmup_steps > total_steps:
+        raise ValueError(
+            f"warmup_steps={warmup_steps} is longer than the run of total_steps={total_steps}; "
+            f"allowed: 0 to {total_steps}"
+        )

@@ -1,0 +1,235 @@
+import json
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.data import DataLoader
+
+from language_model.data.bpe import BPETokenizer
+from language_model.data.datamodule import BinData, TextData
+from language_model.data.tokenizer import ByteTokenizer, CharTokenizer, id_tokenizer
+from language_model.data.tokenizer_file import tokenizer_from_file
+from language_model.data.windows import IGNORED
+from language_model.runs.config import ROOT
+
+SONNETS = ROOT / "src" / "language_model" / "sonnets.txt"
+
+
+@pytest.fixture
+def text_data(tmp_path: Path):
+    """Make TextData of a file with some content."""
+
+    def make(content: bytes | str, **settings) -> TextData:
+        file = tmp_path / "text.txt"
+        file.write_bytes(content if isinstance(content, bytes) else content.encode())
+        defaults = {
+            "tokenizer": CharTokenizer.from_texts,
+            "cache": str(tmp_path / "cache"),
+            "seq_len": 4,
+            "batch_size": 1,
+        }
+        return TextData(str(file), **defaults | settings)
+
+    return make
+
+
+def test_the_chapters_corpus_in_numbers(tmp_path: Path) -> None:
+    data = TextData(str(SONNETS), CharTokenizer.from_texts, str(tmp_path), seq_len=64, batch_size=32)
+    assert data.num_train_tokens == 1_331
+    assert data.tokenizer.vocab_size == 43
+    assert len(data.train_windows) == 1_267
+    assert len(data.train_dataloader()) == 39
+    assert not data.has_validation
+    assert data.val_dataloader() == []
+    assert data.opening == "Shall I"
+    text = SONNETS.read_text(encoding="utf-8")
+    assert text.count("\n") == 31
+    assert data.tokenizer.decode(data.train_windows[0][0]) == text[:64]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_batches_are_the_same_for_any_number_of_workers(text_data, num_workers: int) -> None:
+    data = text_data(SONNETS.read_bytes(), seq_len=64, batch_size=32, num_workers=num_workers, seed=7)
+    state = torch.get_rng_state()
+    batches = list(data.train_dataloader())
+    assert torch.equal(torch.get_rng_state(), state)  # loading draws nothing from the global generator
+    expected = [data.train_windows.__getitems__(starts) for starts in data.train_batch_sampler()]
+    assert len(batches) == len(expected)
+    for (inputs, targets), (expected_inputs, expected_targets) in zip(batches, expected, strict=True):
+        assert inputs.dtype == torch.int64
+        assert torch.equal(inputs, expected_inputs)
+        assert torch.equal(targets, expected_targets)
+
+
+@given(length=st.integers(20, 200), seq_len=st.integers(1, 9), batch_size=st.integers(1, 5))
+@settings(deadline=None, max_examples=30)
+def test_validation_predicts_each_token_of_the_split_once_in_order(
+    tmp_path_factory: pytest.TempPathFactory, length: int, seq_len: int, batch_size: int
+) -> None:
+    folder = tmp_path_factory.mktemp("text")
+    text = "".join(chr(97 + i * i % 26) for i in range(26)) * 8
+    text = text[: 208 - length // 2] + text[:length]
+    (folder / "text.txt").write_text(text, encoding="utf-8")
+    data = TextData(
+        str(folder / "text.txt"), CharTokenizer.from_texts, str(folder / "cache"), seq_len, batch_size, val_fraction=0.2
+    )
+    loader = data.val_dataloader()
+    assert isinstance(loader, DataLoader)
+    pairs = [pair for inputs, targets in loader for pair in zip(inputs.flatten(), targets.flatten(), strict=True)]
+    counted = [(int(a), int(b)) for a, b in pairs if b != IGNORED]
+    split = data.tokenizer.encode(text[int(len(text) * 0.8) :]).tolist()
+    assert counted == list(zip(split[:-1], split[1:], strict=True))
+
+
+def test_the_split_is_nanogpts(text_data) -> None:
+    """Its prepare.py takes the first int(0.9 · n) characters for training."""
+    data = text_data("ab" * 500 + "aba", val_fraction=0.1)
+    assert data.num_train_tokens == int(1_003 * 0.9) == 902
+    assert data.num_val_tokens == 101
+
+
+@pytest.mark.parametrize(
+    ("content", "settings", "says"),
+    [
+        (b"", {}, "text.txt is empty"),
+        (b"caf\xe9 au lait", {}, "text.txt is not UTF-8 text: byte 3 is 0xe9"),
+        (b"\x89PNG\r\n\x1a\n", {}, "text.txt is not UTF-8 text: byte 0 is 0x89"),
+        (b"abcd\0efgh", {}, "text.txt is binary, not text: it has a NUL"),
+        (b"abc#", {"val_fraction": 0.3}, "2 tokens are too few for one window"),  # sooner said than that # is new
+        (b"abcd", {}, "4 tokens are too few for one window of seq_len=4"),
+        (b"abcdefgh", {"batch_size": 5}, "4 windows are too few for one batch of batch_size=5"),
+        (b"abababab#", {"val_fraction": 0.2}, r"the validation text: character '#' \(U\+0023\) at position 1 is not"),
+        (b"abababababab", {"val_fraction": 0.01}, "the validation text has too few tokens, 1"),
+        (b"ab" * 9, {"encoding": "klingon"}, "encoding=klingon: Python knows no such text encoding"),
+        (b"ab" * 9, {"encoding": "hex"}, "encoding=hex: Python knows no such text encoding"),
+        (
+            b"ab" * 9,
+            {"end_of_text": True, "tokenizer": partial(tokenizer_from_file, path="char.json")},
+            "has no token that ends",
+        ),
+        (b"ab" * 9, {"tokenizer": id_tokenizer}, "tokenizer=ids is for data=bin"),
+        (b"ab" * 9, {"val_path": "nowhere"}, "No such file"),
+    ],
+)
+def test_text_that_cannot_be_trained_on(
+    text_data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes, settings: dict, says: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    CharTokenizer("ab").save(tmp_path / "char.json")
+    with pytest.raises((ValueError, OSError), match=says):
+        text_data(content, **settings)
+    assert not (tmp_path / "cache").exists() or list((tmp_path / "cache").iterdir()) == []
+
+
+def test_a_prepared_text_is_still_checked(text_data) -> None:
+    text_data("abcdefgh")
+    with pytest.raises(ValueError, match="8 tokens are too few for one window of seq_len=8"):
+        text_data("abcdefgh", seq_len=8)
+
+
+def test_line_ends_and_other_scripts_are_kept(text_data) -> None:
+    data = text_data("学而时习之，\r\n不亦说乎？")
+    assert data.num_train_tokens == 13
+    assert "\r" in data.tokenizer.characters
+    assert data.opening == "学而时习之，\r\n不亦说乎？"
+    assert text_data("学而时习之，\r\n不亦说乎？", newlines="normalise").num_train_tokens == 12
+
+
+@pytest.mark.parametrize("tokenizer", [ByteTokenizer.from_texts, partial(BPETokenizer.train, vocab_size=257)])
+def test_the_opening_is_whole_characters(text_data, tokenizer) -> None:
+    text = "学而时习之不亦说乎有朋自远方来不亦乐乎人不知而不愠不亦君子乎" * 3
+    data = text_data(text, tokenizer=tokenizer)
+    assert text.startswith(data.opening)
+    assert len(data.opening) >= 30
+
+
+def test_a_text_of_its_own_for_validation(text_data, tmp_path: Path) -> None:
+    (tmp_path / "val.txt").write_text("bababab")
+    data = text_data("ab" * 100, val_path=str(tmp_path / "val.txt"), val_fraction=0.5)
+    assert data.num_train_tokens == 200
+    assert data.num_val_tokens == 7
+
+
+def test_documents_end_in_a_token_of_their_own(tmp_path: Path) -> None:
+    file = tmp_path / "stories.jsonl"
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in ("ab", "ba", "aab")))
+    make = partial(TextData, str(file), CharTokenizer.from_texts, str(tmp_path / "cache"), seq_len=2, batch_size=1)
+    assert np.asarray(make().corpus.train).tolist() == [0, 1, 2, 1, 0, 2, 0, 0, 1, 2]
+    assert make().opening == "abbaaab"
+    assert np.asarray(make(end_of_text=False).corpus.train).tolist() == [0, 1, 1, 0, 0, 0, 1]
+
+
+LLM_C_HEADER = {"uint16": (20240520, 1), "uint32": (20240801, 7)}
+
+
+def write_tokens(path: Path, tokens: list[int], header: str | None = None) -> str:
+    with path.open("wb") as file:
+        if header:
+            start = np.zeros(256, "<i4")
+            start[:3] = *LLM_C_HEADER[header], len(tokens)
+            file.write(start.tobytes())
+        file.write(np.array(tokens, "<u4" if header == "uint32" else "<u2").tobytes())
+    return str(path)
+
+
+@pytest.mark.parametrize("header", [None, "uint16", "uint32"])
+def test_token_files_of_nanogpt_and_llm_c(tmp_path: Path, header: str | None) -> None:
+    tokens = [7, 50_256, 3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5]
+    train = write_tokens(tmp_path / "train.bin", tokens, header)
+    val = write_tokens(tmp_path / "val.bin", [1, 2, 3], header)
+    data = BinData(train, val, id_tokenizer, str(tmp_path), seq_len=4, batch_size=2)
+    assert data.train_windows[0][0].tolist() == [7, 50_256, 3, 1]
+    assert data.train_windows[8][1].tolist() == [6, 5, 3, 5]
+    assert data.num_val_tokens == 3
+    assert data.tokenizer.vocab_size == 50_257
+    assert data.opening == "7 50256"
+
+
+def test_token_files_in_shards(tmp_path: Path) -> None:
+    for i in (1, 0):
+        write_tokens(tmp_path / f"train_{i}.bin", [10 * i + j for j in range(6)], "uint16")
+    data = BinData(str(tmp_path / "train_*.bin"), None, id_tokenizer, str(tmp_path), seq_len=4, batch_size=1)
+    assert [window[0][0].item() for window in (data.train_windows[i] for i in range(4))] == [0, 1, 10, 11]
+    assert not data.has_validation
+
+
+def test_token_files_with_their_tokenizer(tmp_path: Path) -> None:
+    CharTokenizer("abc").save(tmp_path / "tokenizer.json")
+    train = write_tokens(tmp_path / "train.bin", [0, 1, 2, 0, 1, 2])
+    tokenizer = partial(tokenizer_from_file, path=str(tmp_path / "tokenizer.json"))
+    data = BinData(train, None, tokenizer, str(tmp_path), seq_len=4, batch_size=1)
+    assert data.opening == "abcabc"
+    CharTokenizer("ab").save(tmp_path / "tokenizer.json")
+    with pytest.raises(ValueError, match=r"train.bin has the id 2; the tokenizer's go from 0 to 1"):
+        BinData(train, None, tokenizer, str(tmp_path), seq_len=4, batch_size=1)
+    with pytest.raises(ValueError, match="have no text for a tokenizer to learn from"):
+        BinData(train, None, CharTokenizer.from_texts, str(tmp_path), seq_len=4, batch_size=1)
+    with pytest.raises(ValueError, match=r"the id 2; the tokenizer's go from 0 to 1"):
+        BinData(train, None, partial(id_tokenizer, vocab_size=2), str(tmp_path), seq_len=4, batch_size=1)
+
+
+def header(*numbers: int) -> bytes:
+    return np.array(numbers, "<i4").tobytes() + bytes(1024 - 4 * len(numbers))
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"", "train.bin is empty"),
+        (b"abc", "no file of uint16 tokens: it has an odd number of bytes, 3"),
+        (header(20240520, 2, 1) + b"ab", "llm.c's header of version 2; 1 is known"),
+        (header(20240520, 1, 9) + b"ab", "has 1,026 bytes, and by its header of 9 tokens should have 1,042"),
+        (header(20240801, 7, 1) + b"ab", "has 1,026 bytes, and by its header of 1 tokens should have 1,028"),
+        (b"abcd", "2 tokens are too few for one window of seq_len=4"),
+        (header(20240520, 1, 0), "is empty|0 tokens are too few"),
+    ],
+)
+def test_token_files_that_are_none(tmp_path: Path, content: bytes, says: str) -> None:
+    (tmp_path / "train.bin").write_bytes(content)
+    with pytest.raises(ValueError, match=says):
+        BinData(str(tmp_path / "train.bin"), None, id_tokenizer, str(tmp_path / "cache"), seq_len=4, batch_size=1)
+    assert not (tmp_path / "cache").exists()
