@@ -231,7 +231,7 @@ def test_damaged_and_foreign_checkpoints(train, tmp_path: Path, monkeypatch: pyt
     for name in ("last", "best"):
         torch.save({"state_dict": Evil()}, part.folder / "checkpoints" / f"{name}.ckpt")
     message = refused(train, "total_steps=32", "trainer.max_epochs=5")
-    assert "last.ckpt holds more than numbers and text, which might run code when loaded: refused" in message
+    assert "last.ckpt holds more than numbers and text, which could run code when loaded: refused" in message
     assert not (tmp_path / "evil").exists()
     for name in ("last", "best"):
         (part.folder / "checkpoints" / f"{name}.ckpt").unlink()
