@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help train test test-slow lint format tensorboard benchmark constraints clean
+.PHONY: help train test test-slow lint check format tensorboard benchmark pictures constraints clean
 
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-13s %s\n", $$1, $$2}'
@@ -13,7 +13,7 @@ train: $(VENV)/installed  ## install, then train the chapter's model (args="..."
 	$(BIN)/python scripts/train.py $(args)
 
 test: $(VENV)/installed-dev  ## install, then run the tests with coverage
-	$(BIN)/python -m pytest --cov $(args)
+	$(BIN)/python -m pytest --numprocesses auto --cov $(args)
 
 test-slow: $(VENV)/installed-dev  ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow $(args)
@@ -22,6 +22,8 @@ lint: $(VENV)/installed-dev  ## lint, format check, types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+check: lint test  ## lint and test: before every commit
 
 format: $(VENV)/installed-dev  ## let ruff rewrite the code
 	$(BIN)/ruff check --fix .

@@ -14,7 +14,7 @@ import torch
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
-from language_model.runs.folder import write_result
+from language_model.files import write_json
 from language_model.sweeps import job, summary
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -126,7 +126,7 @@ class Jobs:
         result = {"steps": 10, "seconds": 2.0, "monitor": "train/loss_epoch", "best": came_to, "metrics": {}}
         if isinstance(came_to, str):
             result = {"status": "failed", "error": came_to}
-        write_result(folder, {"status": "finished"} | result)
+        write_json(folder / "result.json", {"status": "finished"} | result)
         return came_to if isinstance(came_to, str) else None
 
 

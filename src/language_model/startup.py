@@ -1,4 +1,4 @@
-"""A quicker start: a second or two less for every command."""
+"""A faster start: a second or two less for every command."""
 
 import sys
 from collections.abc import Sequence
@@ -8,30 +8,30 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-# What torchmetrics imports wherever it is installed, for metrics of sound, pictures and translations.
-NOT_NEEDED = ("matplotlib", "scipy", "transformers")
+# Packages that torchmetrics imports if they are installed, for metrics of audio, images and translations.
+SKIPPED = ("matplotlib", "scipy", "transformers")
 
 
 class QuickTorchmetrics(MetaPathFinder):
-    """Keeps torchmetrics, which lightning imports, from finding NOT_NEEDED while it is imported itself.
+    """Hides the SKIPPED packages from torchmetrics, which lightning imports, while torchmetrics is being imported.
 
-    Its metrics that want one of these then say that it is not installed; whatever else looks for them finds them.
+    Its metrics that need them then say that they are not installed. All other code finds them as usual.
     """
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        """Find torchmetrics as ever, but import it differently."""
+        """Find torchmetrics as usual, but with another way of executing it."""
         if fullname != "torchmetrics":
             return None
         sys.meta_path.remove(self)
         spec = util.find_spec("torchmetrics")
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
-            spec.loader.exec_module = lambda module: self.without(NOT_NEEDED, execute, module)  # type: ignore
+            spec.loader.exec_module = lambda module: self.without(SKIPPED, execute, module)  # type: ignore
         return spec
 
     @staticmethod
     def without(packages: Sequence[str], execute: Any, module: ModuleType) -> None:
-        """Execute a module while the functions that it looks for packages with do not see these."""
+        """Execute a module while lightning_utilities' package checks do not see these packages."""
         from lightning_utilities.core import imports
 
         found = {name: getattr(imports, name, None) for name in ("find_spec", "_version")}

@@ -4,12 +4,12 @@ import math
 import signal
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
+from language_model.files import write_json
 from language_model.runs import announce
 from language_model.runs.config import ConfigError
-from language_model.runs.folder import package_versions, run_folder, write_result
+from language_model.runs.folder import package_versions, run_folder
 from language_model.runs.load import load_checkpoint
 from language_model.runs.plan import Plan
 from language_model.training.log_files import truncate_logs
@@ -59,7 +59,7 @@ def train(run: Plan) -> dict[str, Any]:
         result["seconds"] = time.perf_counter() - started
         if run.trainer.is_global_zero:
             result |= collect_result(run)
-            write_result(run.folder, result)
+            write_json(run.folder / "result.json", result)
     if run.trainer.is_global_zero:
         announce.log_hyperparameters(run, result)
     return result
@@ -89,7 +89,7 @@ def collect_result(run: Plan) -> dict[str, Any]:
     for checkpoint in trainer.checkpoint_callbacks:
         if getattr(checkpoint, "monitor", None) == run.config.monitor and checkpoint.best_model_score is not None:
             result |= {"monitor": run.config.monitor, "best": float(checkpoint.best_model_score)}
-            result["best_checkpoint"] = str(Path(checkpoint.best_model_path))
+            result["best_checkpoint"] = checkpoint.best_model_path
     if (throughput := callbacks.get("Throughput")) is not None:
         result |= {"tokens": throughput.tokens, "tokens_per_sec": throughput.tokens_per_sec, "mfu": throughput.mfu}
     if (norms := callbacks.get("GradientNorm")) is not None:

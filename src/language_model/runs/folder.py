@@ -65,11 +65,6 @@ def read_result(folder: Path) -> dict[str, Any]:
     return result
 
 
-def write_result(folder: Path, result: dict[str, Any]) -> None:
-    """Write ``result.json``."""
-    write_json(folder / "result.json", result)
-
-
 def read_job(folder: Path) -> dict[str, Any]:
     """Return what a sweep wrote about one of its jobs; empty for a run that belongs to no sweep."""
     return read_json(folder / "job.json")

@@ -30,6 +30,7 @@ from language_model.runs.resume import (
     is_finished,
     resolve_resume,
 )
+from language_model.terminal import setup_logging
 from language_model.training import hardware
 from language_model.training.module import LanguageModel
 from language_model.training.schedule import steps_in_run
@@ -69,7 +70,8 @@ class Plan:
     @property
     def is_finished(self) -> bool:
         """Whether the run has already reached the end that is asked for."""
-        return self.previous is not None and is_finished(self.previous, self.config)
+        previous = self.previous
+        return previous is not None and is_finished(previous.result, previous.settings, self.config)
 
     @property
     def checkpoint(self) -> Path | None:
@@ -81,6 +83,7 @@ class Plan:
 
 def plan(*overrides: str) -> Plan:
     """Return the plan of the run that ``python scripts/train.py <overrides>`` would do; raises as `make_plan`."""
+    setup_logging()
     return make_plan(compose(overrides), overrides)
 
 

@@ -135,15 +135,11 @@ def remove_partial_saves(folder: Path) -> None:
             requeued.unlink()  # lightning would prefer it to any newer checkpoint
 
 
-def is_finished(previous: PreviousRun, config: DictConfig) -> bool:
-    """Whether a run has reached its end, and the config asks for no other length."""
-    return previous.result.get("status") in COMPLETED and not length_changed(previous.settings, config)
-
-
-def length_changed(before: dict[str, Any], config: DictConfig) -> bool:
-    """Whether the config asks for another number of epochs, steps, or time than the settings before."""
-    now = flatten(as_dict(config))
-    return any(before.get(k) != now[k] for k in ("trainer.max_epochs", "trainer.max_steps", "trainer.max_time"))
+def is_finished(result: dict[str, Any], settings: dict[str, Any], config: DictConfig) -> bool:
+    """Whether a run with this result and these settings has reached the end that the config asks for."""
+    length = ("trainer.max_epochs", "trainer.max_steps", "trainer.max_time")
+    same_length = all(settings.get(key) == OmegaConf.select(config, key) for key in length)
+    return same_length and result.get("status") in COMPLETED
 
 
 def check_same_settings(folder: Path, before: dict[str, Any], config: DictConfig, derived: bool = True) -> None:

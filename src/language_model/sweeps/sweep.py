@@ -25,7 +25,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from language_model.files import display_path, read_json, write_json
 from language_model.runs.config import ConfigError, build, check_config, errors_for_key, quote_override
 from language_model.runs.folder import read_job, read_result, read_settings, safe_folder_name, update_job
-from language_model.runs.resume import COMPLETED, can_change_on_resume, check_same_settings, length_changed
+from language_model.runs.resume import COMPLETED, can_change_on_resume, check_same_settings, is_finished
 from language_model.sweeps import summary
 from language_model.sweeps.summary import format_duration
 from language_model.terminal import log, setup_logging
@@ -197,7 +197,7 @@ def job_is_finished(folder: Path, config: DictConfig) -> bool:
     if not settings:
         return False
     check_same_settings(folder, settings, config, derived=False)
-    return read_result(folder).get("status") in COMPLETED and not length_changed(settings, config)
+    return is_finished(read_result(folder), settings, config)
 
 
 def value_of(config: DictConfig, key: str) -> str:

@@ -1,4 +1,4 @@
-"""What the machine is, and what that decides."""
+"""What the machine can do, and the settings that follow: precision, attention, fused optimizer, compiling."""
 
 import os
 import platform
@@ -11,7 +11,7 @@ import torch
 
 
 def device_type(accelerator: str) -> str:
-    """Return what `trainer.accelerator` stands for on this machine: cuda, mps, cpu, ..."""
+    """Return the device type that `trainer.accelerator` means on this machine: cuda, mps, cpu, ..."""
     if accelerator not in ("auto", "gpu"):
         return accelerator
     found = torch.accelerator.current_accelerator(check_available=True)
@@ -19,7 +19,7 @@ def device_type(accelerator: str) -> str:
 
 
 def has_bf16_units(device: str) -> bool:
-    """Whether matrix products in bfloat16 are fast on this kind of device here, not only possible."""
+    """Whether bfloat16 matrix products are fast on this device, not just possible."""
     if device == "cuda":
         return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     if device == "cpu":
@@ -29,12 +29,12 @@ def has_bf16_units(device: str) -> bool:
 
 
 def best_precision(device: str) -> str:
-    """Return bf16-mixed where the hardware has units for it (float32 weights, same loss), else 32-true."""
+    """Return bf16-mixed (with float32 weights) where the hardware has units for it, else 32-true."""
     return "bf16-mixed" if has_bf16_units(device) else "32-true"
 
 
 def full_precision_name(precision: str | int) -> str:
-    """Return a precision as lightning names it: 16-mixed for 16."""
+    """Return lightning's full name of a precision: 16-mixed for 16."""
     return {"16": "16-mixed", "bf16": "bf16-mixed", "32": "32-true", "64": "64-true"}.get(
         str(precision), str(precision)
     )
@@ -46,12 +46,12 @@ def best_attention(device: str, precision: str, dropout: float) -> str:
 
 
 def can_fuse_optimizer(device: str, precision: str) -> bool:
-    """Whether torch has optimizers in one kernel here; float16's gradients must be unscaled before clipping."""
+    """Whether torch's fused optimizers work here; with float16 they do not: gradients are unscaled before clipping."""
     return device in ("cpu", "cuda", "mps", "xpu") and precision != "16-mixed"
 
 
 def missing_for_compiling(device: str) -> str | None:
-    """Return in words what torch.compile would need and does not find here; None if nothing."""
+    """Return a description of what torch.compile needs and this machine lacks; None if nothing."""
     if device == "cuda":
         if find_spec("triton") is None:
             return "triton"
@@ -67,12 +67,12 @@ def missing_for_compiling(device: str) -> str | None:
 
 
 def worth_compiling(device: str, steps: int | None) -> bool:
-    """Whether compiling repays: on GPUs, for runs that are long enough; on a CPU it takes 10 to 25 seconds."""
+    """Whether compiling saves time: on GPUs, for 1,000 steps or more. On a CPU it takes 10 to 25 seconds."""
     return device == "cuda" and (steps is None or steps >= 1000) and missing_for_compiling(device) is None
 
 
-# Dense bfloat16 operations a second, by a part of the device's name: the makers' data sheets, sparsity left out. The
-# first that fits counts.
+# Peak dense bfloat16 operations a second (the makers' data sheets, without sparsity), by a part of the device's name;
+# the first match counts.
 PEAK_BF16 = {
     "GB200": 2.5e15,
     "B200": 2.25e15,
@@ -99,7 +99,7 @@ PEAK_BF16 = {
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:
-    """Return the most operations a second that a device can do in this precision; None where that is not known."""
+    """Return a device's peak operations a second in this precision; None if unknown."""
     if device.type != "cuda" or not precision.startswith("bf16"):
         return None
     words = torch.cuda.get_device_name(device)
@@ -107,7 +107,7 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
 
 
 def describe_device(device: torch.device) -> str:
-    """Return a device as a person would name it."""
+    """Return a device's name for people."""
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)} (cuda:{device.index})"
     if device.type == "cpu":
@@ -117,5 +117,5 @@ def describe_device(device: torch.device) -> str:
 
 
 def cpu_capabilities() -> dict[str, object]:
-    """Return what torch knows of this CPU; nothing where torch is too old to tell."""
+    """Return what torch knows about this CPU; empty if this torch is too old to tell."""
     return dict(getattr(torch.cpu, "get_capabilities", dict)())

@@ -1,7 +1,7 @@
-"""Optimizers that do more than torch's own.
+"""AdamW with parameter groups, and Muon.
 
-An optimizer is anything callable with ``network.named_parameters()`` and its settings, so that every class in
-``torch.optim`` works from a file in ``conf/optimizer`` alone.
+An optimizer is any function of ``network.named_parameters()`` and settings that returns one, so every class in
+``torch.optim`` needs only a file in ``conf/optimizer``.
 """
 
 import math
@@ -25,17 +25,17 @@ def adamw(
     decay_matrices_only: bool = False,
     fused: bool | None = None,
 ) -> torch.optim.AdamW:
-    """Return torch's AdamW (arXiv:1711.05101), weight decay on every parameter or on matrices only.
+    """Return torch's AdamW (arXiv:1711.05101), with weight decay on all parameters or on matrices only.
 
     Args:
         named_parameters: names and parameters of the network.
         lr: peak learning rate.
-        betas: decay rates of the running means of the gradient and of its square.
-        eps: added to the root of the second mean.
-        weight_decay: share of a weight that a step of rate 1 would remove.
-        decay_matrices_only: leave out biases, norms and all else with fewer than two dimensions.
-        fused: one kernel for all parameters (not with float16 precision: gradients there must be unscaled first);
-            None for torch's choice.
+        betas: decay rates of the moving averages of the gradient and of its square.
+        eps: added to the square root of the second average.
+        weight_decay: a step multiplies a weight by 1 − lr × weight_decay.
+        decay_matrices_only: no decay on biases, norms and other parameters with fewer than two dimensions.
+        fused: one kernel for all parameters (impossible with float16, whose gradients must be unscaled first); None for
+            torch's choice.
     """
     named_parameters = list(named_parameters)
     vectors = [pair for pair in named_parameters if pair[1].ndim < 2] if decay_matrices_only else []
@@ -60,21 +60,21 @@ def muon(
     adamw_weight_decay: NonNegativeFloat = 0.0,
     fused: bool | None = None,
 ) -> "Muon":
-    """Return Muon for the matrices inside the blocks, with AdamW for all else.
+    """Return Muon for the matrices inside the blocks, with AdamW for all other parameters.
 
     Args:
         named_parameters: names and parameters of the network.
-        lr: peak learning rate of Muon; the schedule moves that of AdamW in proportion.
-        momentum: decay rate of the running mean of the gradient.
-        weight_decay: share of a matrix that a step of rate 1 would remove.
-        ns_steps: Newton-Schulz iterations, which bring a matrix's singular values near 1.
-        not_muon: names (patterns) of matrices for AdamW: those that are looked up by token, or give the logits.
-        stacked: for names (patterns) of matrices that hold several, how many of them stand one below the other.
+        lr: peak learning rate of Muon; AdamW's rate follows the same schedule, in proportion.
+        momentum: decay rate of the moving average of the gradient.
+        weight_decay: a step multiplies a matrix by 1 − lr × weight_decay.
+        ns_steps: Newton-Schulz iterations.
+        not_muon: name patterns of matrices for AdamW: the embeddings and the output head.
+        stacked: name patterns of parameters that hold several matrices stacked by rows, with their number.
         adamw_lr: peak learning rate of AdamW.
-        betas: AdamW's decay rates of the running means of the gradient and of its square.
-        eps: added to the root of the second mean.
-        adamw_weight_decay: as `weight_decay`, of AdamW's matrices; its vectors have none.
-        fused: one kernel for all of AdamW's parameters; None for torch's choice.
+        betas: AdamW's, as in `adamw`.
+        eps: added to the square root of the second average.
+        adamw_weight_decay: of AdamW's matrices; its vectors have none.
+        fused: AdamW's, as in `adamw`.
     """
     groups: dict[tuple[bool, int, float], dict[str, Any]] = {}
     for name, parameter in named_parameters:
@@ -93,13 +93,13 @@ def muon(
 class Muon(torch.optim.AdamW):
     """Muon (kellerjordan.github.io/posts/muon) in the groups marked ``muon``, AdamW in the others: one optimizer.
 
-    Muon's step is a matrix's momentum with all singular values brought near 1, as torch.optim.Muon's, but matrices of
-    one shape go through the iteration as one batch.
+    Muon's update is the matrix's momentum with all singular values brought near 1, as in torch.optim.Muon, but
+    matrices of one shape are computed as one batch.
     """
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        """Do a step."""
+        """Take a step."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -115,7 +115,9 @@ class Muon(torch.optim.AdamW):
 
     def _step_matrices(self, groups: list[dict[str, Any]]) -> None:
         by_shape: dict[tuple[int, ...], list[tuple[Tensor, Tensor, dict[str, Any]]]] = {}
-        found_inf = getattr(self, "found_inf", None)  # as torch's own: 1 where the weights are to stay as they are
+        found_inf = getattr(
+            self, "found_inf", None
+        )  # as in torch's optimizers: 1 if this step must not change the weights
         done = 1.0 if found_inf is None else 1 - found_inf
         for group in groups:
             parameters = [p for p in group["params"] if p.grad is not None]
@@ -123,7 +125,7 @@ class Muon(torch.optim.AdamW):
                 continue
             gradients = [p.grad if found_inf is None else p.grad.where(found_inf == 0, 0.0) for p in parameters]
             for p in parameters:
-                if not self.state[p]:  # AdamW, loading a state, looks for a step in all of it
+                if not self.state[p]:  # AdamW expects a step in every state that it loads
                     self.state[p] = {"step": torch.zeros(()), "momentum_buffer": torch.zeros_like(p)}
             buffers = [self.state[p]["momentum_buffer"] for p in parameters]
             torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
@@ -148,7 +150,7 @@ class Muon(torch.optim.AdamW):
 def newton_schulz(matrices: Tensor, steps: int) -> Tensor:
     """Return matrices (N, R, C), R ≤ C, with their singular values brought near 1, in bfloat16.
 
-    Each step maps a singular value s to 3.4445 s − 4.775 s³ + 2.0315 s⁵, Keller Jordan's choice, steep near 0.
+    Each iteration maps a singular value s to 3.4445 s − 4.775 s³ + 2.0315 s⁵ (Keller Jordan's coefficients).
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     x = matrices.bfloat16()

@@ -1,6 +1,6 @@
-"""Learning-rate schedules: pure functions from the step (0 for the first update) to the learning rate.
+"""Learning rate schedules: functions from the step (0 for the first update) to the learning rate.
 
-Each takes the step first; the rest comes from its file in ``conf/schedule``.
+The step is the first argument; ``conf/schedule`` sets the others.
 """
 
 import math
@@ -9,7 +9,7 @@ from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveIn
 
 
 def constant(step: int, lr: PositiveFloat) -> float:
-    """Return `lr` at every step, as the chapter's exercises use it."""
+    """Return `lr` at every step, as in the chapter's exercises."""
     return lr
 
 
@@ -20,7 +20,7 @@ def warmup_cosine(
     warmup_steps: NonNegativeInt,
     min_lr: NonNegativeFloat = 0.0,
 ) -> float:
-    """Linear warmup to `lr`, then half a cosine to `min_lr` at `total_steps`: the chapter's get_lr, to the last bit.
+    """Return the rate of a linear warmup to `lr`, then half a cosine to `min_lr` at `total_steps` (the chapter's).
 
     ValueError if the warmup is longer than the run.
     """
@@ -37,7 +37,7 @@ def warmup_linear(
     warmup_steps: NonNegativeInt,
     min_lr: NonNegativeFloat = 0.0,
 ) -> float:
-    """Linear warmup to `lr`, then a straight line to `min_lr` at `total_steps` (arXiv:2502.15938 for why to zero).
+    """Return the rate of a linear warmup to `lr`, then a straight line to `min_lr` at `total_steps` (arXiv:2502.15938).
 
     ValueError if the warmup is longer than the run.
     """
@@ -54,10 +54,10 @@ def steps_in_run(
     limit_train_batches: float | None = 1.0,
     accumulate_grad_batches: int = 1,
 ) -> int | None:
-    """Return the optimizer steps of a run of `batches` an epoch, by the trainer's settings; None for one without end.
+    """Return the optimizer steps of a run with `batches` an epoch, by the trainer's settings; None for no limit.
 
-    -1 for max_epochs and max_steps means no limit; limit_train_batches is a share (float) or a number (int). The
-    last, smaller accumulation of an epoch is a step too.
+    max_epochs and max_steps of -1 mean no limit; limit_train_batches is a share (float) or a number (int). The last
+    accumulation of an epoch is a step even if it is smaller.
     """
     if isinstance(limit_train_batches, float):
         batches = int(batches * limit_train_batches)
@@ -70,12 +70,12 @@ def steps_in_run(
 
 
 def decay_progress(step: int, warmup_steps: int, total_steps: int) -> float:
-    """Return how much of the decay lies behind: 0 at the end of the warmup, 1 from `total_steps` on."""
+    """Return the completed share of the decay: 0 at the end of the warmup, 1 from `total_steps` on."""
     return min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
 
 
 def check_warmup(warmup_steps: int, total_steps: int) -> None:
-    """Refuse a warmup that would never reach the peak."""
+    """Raise ValueError for a warmup that would never reach the peak."""
     if warmup_steps > total_steps:
         raise ValueError(
             f"warmup_steps={warmup_steps} is longer than the run of total_steps={total_steps}; "

@@ -14,10 +14,10 @@ from language_model.terminal import JOB_LABEL, log, terminal
 
 
 class Console(ProgressBar):
-    """All that a run says in the terminal while it trains: one bar over all steps, and a line every few epochs.
+    """Shows one progress bar over all steps, and logs a line every few epochs.
 
     Args:
-        log_interval: epochs between lines; validations inside an epoch get a line of their own.
+        log_interval: epochs between lines; a validation inside an epoch gets a line of its own.
     """
 
     def __init__(self, log_interval: PositiveInt = 5) -> None:
@@ -26,18 +26,18 @@ class Console(ProgressBar):
         self._bar: Progress | None = None
         self._enabled = True
         self._started = 0.0
-        self._said_epoch = -1
+        self._logged_epoch = -1
 
     def disable(self) -> None:
-        """Say nothing: on all ranks but the first."""
+        """Show nothing, on all processes but the first."""
         self._enabled = False
 
     def enable(self) -> None:
-        """Speak again."""
+        """Show the bar and the lines."""
         self._enabled = True
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Show the bar, where there is a terminal to show it."""
+        """Show the bar, if the output is a terminal."""
         self._started = time.perf_counter()
         if self._enabled and terminal.is_terminal:
             self._bar = Progress(
@@ -61,7 +61,7 @@ class Console(ProgressBar):
             self._bar.start()
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Move the bar, at the steps that are logged."""
+        """Advance the bar every `log_every_n_steps` steps."""
         if self._bar is None or trainer.global_step % trainer.log_every_n_steps:
             return
         values = trainer.callback_metrics
@@ -71,23 +71,23 @@ class Console(ProgressBar):
         self._bar.update(self._bar.task_ids[0], completed=trainer.global_step, values=shown)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Say the epoch's line, if it is its turn."""
+        """Log the epoch's line, if it is due."""
         if trainer.current_epoch % self.log_interval == 0:
-            self._say_epoch(trainer, pl_module, trainer.current_epoch)
+            self._log_epoch(trainer, pl_module, trainer.current_epoch)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Say a line for a validation inside an epoch."""
+        """Log a line for a validation inside an epoch."""
         fitting = trainer.state.fn == "fit" and not trainer.sanity_checking
         if fitting and not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
-            self._say(trainer, pl_module, f"Step {trainer.global_step:,}")
+            self._log(trainer, pl_module, f"Step {trainer.global_step:,}")
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Say the last epoch's line, and take the bar away."""
+        """Log the last epoch's line, and remove the bar."""
         self._close()
-        self._say_epoch(trainer, pl_module, trainer.current_epoch - 1)
+        self._log_epoch(trainer, pl_module, trainer.current_epoch - 1)
 
     def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         self._close()
 
     def _close(self) -> None:
@@ -95,12 +95,12 @@ class Console(ProgressBar):
             self._bar.stop()
             self._bar = None
 
-    def _say_epoch(self, trainer: L.Trainer, pl_module: Any, epoch: int) -> None:
-        if epoch > self._said_epoch:
-            self._said_epoch = epoch
-            self._say(trainer, pl_module, f"Epoch {epoch:3d}")
+    def _log_epoch(self, trainer: L.Trainer, pl_module: Any, epoch: int) -> None:
+        if epoch > self._logged_epoch:
+            self._logged_epoch = epoch
+            self._log(trainer, pl_module, f"Epoch {epoch:3d}")
 
-    def _say(self, trainer: L.Trainer, pl_module: Any, when: str) -> None:
+    def _log(self, trainer: L.Trainer, pl_module: Any, when: str) -> None:
         if not self._enabled:
             return
         parts = [when, f"Loss: {pl_module.epoch_loss.value:.4f}"]

@@ -11,11 +11,11 @@ from language_model.terminal import log
 
 
 class GradientNorm(Callback):
-    """Sums up the gradient norms before clipping, and warns once when they stay far above the clip.
+    """Keeps statistics of the gradient norm before clipping, and warns once if it stays far above the clip value.
 
     Args:
-        warn_factor: how many times the clip value is far.
-        warn_steps: after how many steps in a row above it to warn.
+        warn_factor: "far above" means more than this many times the clip value.
+        warn_steps: number of such steps in a row before the warning.
     """
 
     def __init__(self, warn_factor: Annotated[float, Field(gt=0)] = 10.0, warn_steps: PositiveInt = 10) -> None:
@@ -27,21 +27,21 @@ class GradientNorm(Callback):
         self._last_step = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run counts on from."""
+        """Return the statistics, for a resumed run."""
         return {"steps": self.steps, "sums": self._sums, "warned": self._warned}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Count on."""
+        """Restore the statistics."""
         self.steps, self._sums, self._warned = state_dict["steps"], state_dict["sums"], state_dict["warned"]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Note where the run starts."""
+        """Note the first step."""
         self._last_step = trainer.global_step
         if self._sums is not None:
             self._sums = self._sums.to(pl_module.device)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Add a step's norm; all on its device, so nothing waits but the steps that are logged."""
+        """Add a step's norm, on its device: only logged steps wait for it."""
         step = trainer.global_step
         if step == self._last_step:
             return  # inside an accumulation
@@ -64,7 +64,7 @@ class GradientNorm(Callback):
             )
 
     def summary(self, last: torch.Tensor) -> dict[str, float]:
-        """Return the largest, mean and last norm and the share of steps that were clipped."""
+        """Return the largest, mean and last norm, and the share of steps that were clipped."""
         if self._sums is None:
             return {}
         total, largest, clipped, _, _ = self._sums.tolist()

@@ -10,13 +10,13 @@ from language_model.terminal import log
 
 
 class RestoreBest(Callback):
-    """Gives the network its best weights back at the end of a run that was stopped early, and says so."""
+    """Restores the best weights at the end of a run that stopped early, and logs it."""
 
     def __init__(self) -> None:
         self.done = False
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Restore them: here, behind the save of the last weights."""
+        """Restore them, after the last weights were saved."""
         stopped = any(isinstance(c, EarlyStopping) and c.stopped_epoch for c in trainer.callbacks)
         best = next((c.best_model_path for c in trainer.callbacks if getattr(c, "best_model_path", "")), "")
         if stopped and best:

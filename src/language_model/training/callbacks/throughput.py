@@ -10,45 +10,45 @@ from language_model.training.hardware import peak_flops
 
 
 class Throughput(Callback):
-    """Logs ``train/tokens_per_sec`` over the steps since the last time it was logged, and keeps the run's total.
+    """Logs ``train/tokens_per_sec``, over the steps since it was last logged, and keeps the mean over the run.
 
-    The time counts from the start of a batch to the start of the next; validation is left out. Where the network knows
-    its operations (``flops_per_token``) and the device's peak is known, ``train/mfu`` is the share of it that is used.
+    Time runs from the start of one batch to the start of the next; validation does not count. ``train/mfu`` is the
+    share of the device's peak that is used, where that and the network's ``flops_per_token`` are known.
     """
 
     def __init__(self) -> None:
-        self.tokens = 0  # this run has trained on, all devices together
+        self.tokens = 0  # that this run has trained on, over all devices
         self.seconds = 0.0
         self._last = (0, 0.0)  # tokens and seconds at the last log
         self._since: float | None = None
         self._logged_step = 0
-        self._peak_tokens: float | None = None  # a second, if every operation counted
+        self._peak_tokens: float | None = None  # tokens a second at the device's peak
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run counts on from."""
+        """Return the counts, for a resumed run."""
         return {"tokens": self.tokens, "seconds": self.seconds}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Count on."""
+        """Restore the counts."""
         self.tokens, self.seconds = state_dict["tokens"], state_dict["seconds"]
         self._last = (self.tokens, self.seconds)
 
     @property
     def tokens_per_sec(self) -> float:
-        """The mean over the run."""
+        """Mean over the run."""
         return self.tokens / self.seconds if self.seconds else 0.0
 
     @property
     def mfu(self) -> float | None:
-        """The mean over the run of the share of the devices' peak; None where that is not known."""
+        """Mean share of the devices' peak over the run; None if unknown."""
         return self.tokens_per_sec / self._peak_tokens if self._peak_tokens else None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Note where the run starts."""
+        """Note the first step."""
         self._logged_step = trainer.global_step
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Start the clock, unless it runs."""
+        """Start the clock, unless it is running."""
         if self._since is None:
             count = getattr(pl_module.network, "flops_per_token", None)
             peak = peak_flops(trainer.strategy.root_device, trainer.precision)
@@ -56,13 +56,13 @@ class Throughput(Callback):
             self._since = time.perf_counter()
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Count the batch's tokens, and log at the steps that are logged."""
+        """Count the batch's tokens; log every `log_every_n_steps` steps."""
         self.tokens += batch[0].numel() * trainer.world_size
         step = trainer.global_step
         if step % trainer.log_every_n_steps == 0 and step != self._logged_step:
             self._logged_step = step
-            pl_module.grad_norm.item()  # waits for the device, so that the time is that of finished steps
-            self._stop(go_on=True)
+            pl_module.grad_norm.item()  # waits for the device: only finished steps count
+            self._stop(restart=True)
             tokens, seconds = self.tokens - self._last[0], self.seconds - self._last[1]
             self._last = (self.tokens, self.seconds)
             pl_module.log("train/tokens_per_sec", tokens / seconds)
@@ -77,8 +77,8 @@ class Throughput(Callback):
         """Stop the clock."""
         self._stop()
 
-    def _stop(self, go_on: bool = False) -> None:
+    def _stop(self, restart: bool = False) -> None:
         if self._since is not None:
             now = time.perf_counter()
             self.seconds += now - self._since
-            self._since = now if go_on else None
+            self._since = now if restart else None

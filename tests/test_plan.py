@@ -1,0 +1,57 @@
+"""The plan of a run, as a notebook uses it; test_train.py does the same through the script."""
+
+from pathlib import Path
+
+import pytest
+from conftest import TINY
+
+import language_model
+from language_model.runs.config import ConfigError
+
+
+def test_a_plan_says_what_will_be_done_and_writes_nothing(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    run = language_model.plan(*TINY, f"folder={folder}")
+    assert (run.steps, run.config.total_steps, run.config.vocab_size) == (16, 16, 43)
+    assert run.config.monitor == "train/loss_epoch"
+    assert run.config.trainer.precision in ("32-true", "bf16-mixed")
+    assert run.overrides == TINY
+    assert run.checkpoint is None
+    assert not run.is_finished
+    assert not folder.exists()
+
+
+def test_a_plan_is_carried_out_once_and_then_finished(tmp_path: Path) -> None:
+    overrides = (*TINY, f"folder={tmp_path / 'run'}")
+    result = language_model.fit(language_model.plan(*overrides))
+    assert result["status"] == "finished"
+    assert result["steps"] == 16
+    again = language_model.plan(*overrides)
+    assert again.is_finished
+    assert again.checkpoint == tmp_path / "run" / "checkpoints" / "last.ckpt"
+    longer = language_model.plan(*overrides, "trainer.max_epochs=3", "total_steps=16")
+    assert not longer.is_finished
+    assert longer.steps == 24
+    network, tokenizer, *_ = language_model.load_run(tmp_path / "run")
+    assert tokenizer.vocab_size == network.head.out_features == 43
+
+
+@pytest.mark.parametrize(
+    ("override", "error"),
+    [
+        ("model.d_model=15", "model: n_heads=2 does not divide d_model=15"),
+        ("monitor=val/loss", "monitor=val/loss: unknown; choose from train/loss_epoch"),
+        ("vocab_size=5", "vocab_size=5: the tokenizer has 43 tokens"),
+        ("schedule.warmup_steps=999", "schedule: warmup_steps=999 is longer than the run"),
+        ("trainer.max_epochs=-1", "total_steps: the schedule needs an end"),
+    ],
+)
+def test_a_plan_that_cannot_be_carried_out_is_refused(tmp_path: Path, override: str, error: str) -> None:
+    with pytest.raises(ConfigError, match=error):
+        language_model.plan(*TINY, f"folder={tmp_path / 'run'}", override)
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_a_notebook_does_not_find() -> None:
+    with pytest.raises(AttributeError, match="plam"):
+        _ = language_model.plam

@@ -1,0 +1,76 @@
+"""Runs of earlier versions, and what may change on resume; test_train.py resumes runs of this version."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from language_model.files import ROOT
+from language_model.runs.folder import read_config, read_result, read_settings
+from language_model.runs.moved_names import MOVED, with_new_names
+from language_model.runs.resume import can_change_on_resume
+
+# A run of commit 0a1ae00 (before the package had folders), killed in its last epoch. Where it was written stands as
+# PROJECT, FOLDER and CACHE in its config.
+HALF_RUN = ROOT / "tests" / "stored_half_run"
+# What the same command logged there when nothing interrupted it: the mean training loss of each epoch.
+LOSSES = [3.5634, 2.9202, 2.5746]
+
+
+@pytest.fixture
+def half_run(tmp_path: Path) -> Path:
+    folder = tmp_path / "half"
+    shutil.copytree(HALF_RUN, folder)
+    config = (folder / "config.yaml").read_text()
+    for name, path in (("PROJECT", ROOT), ("FOLDER", folder), ("CACHE", tmp_path / "corpora")):
+        config = config.replace(name, path.as_posix())
+    (folder / "config.yaml").write_text(config)
+    return folder
+
+
+def test_a_run_of_an_earlier_version_resumes_to_what_it_would_have_come_to(train, half_run: Path) -> None:
+    run = train(f"resume={half_run}", name="half", tiny=False)
+    assert "resuming from" in run.output
+    assert run.losses == pytest.approx(LOSSES, abs=2e-4)
+    assert run.result["steps"] == 90
+    assert run.config["model"]["_target_"] == "language_model.model.gpt.GPT"
+    assert run.column("step")[-1] == 89
+
+
+def test_another_setting_of_an_earlier_version_is_refused(train, half_run: Path) -> None:
+    with pytest.raises(SystemExit, match=r"optimizer.lr=0.01 then, 0.02 now"):
+        train(f"resume={half_run}", "optimizer.lr=0.02", name=None, tiny=False)
+
+
+def test_every_moved_name_is_one_of_today() -> None:
+    import pkgutil
+
+    for new in MOVED.values():
+        assert callable(pkgutil.resolve_name(new))
+
+
+def test_names_of_earlier_versions_are_read_as_those_of_today(tmp_path: Path) -> None:
+    old = {"model": {"_target_": "language_model.gpt.GPT", "attention": "plain"}, "data": {"path": "a=b"}}
+    OmegaConf.save(OmegaConf.create(old), tmp_path / "config.yaml")
+    assert read_config(tmp_path).model == {"_target_": "language_model.model.gpt.GPT", "attention": "unfused"}
+    assert read_settings(tmp_path)["data.path"] == "a=b"
+    overrides = ["model.attention=plain", "data.path=plain", "optimizer._target_=language_model.optim.muon", "seed=1"]
+    assert with_new_names(overrides) == [
+        "model.attention=unfused", "data.path=plain", "optimizer._target_=language_model.training.optimizer.muon", "seed=1",
+    ]  # fmt: skip
+
+
+def test_the_uniform_baseline_of_an_earlier_version_is_found(tmp_path: Path) -> None:
+    (tmp_path / "result.json").write_text(json.dumps({"guessing_loss": 3.76}))
+    assert read_result(tmp_path) == {"uniform_baseline": 3.76}
+    assert read_result(tmp_path / "nothing") == {}
+
+
+@pytest.mark.parametrize(
+    ("key", "can_change"),
+    [("trainer.max_epochs", True), ("callbacks.sample.prompt", True), ("optimizer.lr", False), ("seed", False)],
+)
+def test_how_a_run_is_watched_may_change_and_what_it_computes_not(key: str, can_change: bool) -> None:
+    assert can_change_on_resume(key) == can_change
