@@ -35,9 +35,13 @@ def _seeded() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_machine_for_all() -> Iterator[None]:
-    """Give tests two threads wherever they run, and keep what they set in the environment to themselves."""
+    """Give every process one thread: the same sums on every machine, and no two tests fight over a core.
+
+    What a test sets in the environment stays within this session.
+    """
     before = dict(os.environ)
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
     yield
     os.environ.clear()
     os.environ.update(before)

@@ -170,10 +170,10 @@ def test_other_processes_are_silent(said: list[str]) -> None:
     trainer = SimpleNamespace(global_step=0, current_epoch=0, callback_metrics={})
     module = SimpleNamespace(last_lr=0.1, epoch_loss=SimpleNamespace(value=1.0))
     console.on_train_start(trainer, module)
-    console._say(trainer, module, "Epoch 0")
+    console._log(trainer, module, "Epoch 0")
     assert said == []
     console.enable()
-    console._say(trainer, module, "Epoch 0")
+    console._log(trainer, module, "Epoch 0")
     assert len(said) == 1
 
 

@@ -1,0 +1,112 @@
+"""README.md and docs: their examples are executed, their commands accepted, and what they link to exists.
+
+test_extend.py executes docs/extend.md.
+"""
+
+import re
+import shlex
+import shutil
+import tempfile
+from pathlib import Path
+
+import hydra
+import pytest
+from conftest import ROOT, TINY, Script
+from hydra.core.global_hydra import GlobalHydra
+from sybil import Sybil
+from sybil.parsers.markdown import PythonCodeBlockParser
+
+from language_model.runs import folder
+from language_model.runs.config import check_config, quote_override
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+EXECUTED = [page for page in PAGES if page.name != "extend.md" and "```python" in page.read_text("utf-8")]
+
+
+def commands(page: Path) -> list[str]:
+    """Return the page's commands that start with ``python``: in sh blocks, in console blocks, and in tables."""
+    text = page.read_text("utf-8")
+    blocks = re.findall(r"```(?:sh|console)\n(.*?)```", text, re.S)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    lines += re.findall(r"^\|.*?`(python scripts/[^`]+)`", text, re.M)
+    return [line.removeprefix("$ ").strip() for line in lines if line.removeprefix("$ ").startswith("python ")]
+
+
+COMMANDS = dict.fromkeys(command for page in PAGES if page.name != "extend.md" for command in commands(page))
+
+
+def overrides_of(command: str) -> tuple[str, list[str]]:
+    """Return a command's script, without the suffix, and its overrides, the first value of each list."""
+    _, script, *arguments = shlex.split(command, comments=True)
+    values = [argument for argument in arguments if "=" in argument]
+    if "-m" in arguments:
+        values = [re.sub(r"=([^,()\[\]]+),[^()\[\]]*$", r"=\1", value) for value in values]
+        values = [value for value in values if "(" not in value]  # search spaces: test_search.py
+    return script, [quote_override(value, ("prompt",)) for value in values]
+
+
+@pytest.mark.parametrize("page", EXECUTED, ids=lambda page: page.name)
+def test_the_examples_print_what_the_page_says(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(ROOT / "tests" / "stored_run", tmp_path / "runs" / "stored")
+    shutil.copy(tmp_path / "runs/stored/checkpoints/last.ckpt", tmp_path / "runs/stored/checkpoints/best.ckpt")
+    monkeypatch.setattr(folder, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(folder, "SWEEPS", tmp_path / "none")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    document = Sybil([PythonCodeBlockParser()]).parse(page)
+    examples = list(document.examples())
+    assert examples
+    for example in examples:
+        example.evaluate()
+
+
+@pytest.mark.parametrize("command", [command for command in COMMANDS if "scripts/" in command])
+def test_every_command_is_one_that_the_script_takes(command: str) -> None:
+    script, overrides = overrides_of(command)
+    name = script.removeprefix("scripts/").removesuffix(".py").replace("benchmarks/", "benchmark_")
+    assert (ROOT / script).is_file()
+    GlobalHydra.instance().clear()
+    with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        config = hydra.compose(name, [override for override in overrides if not override.startswith("hydra")])
+        if name in ("train", "prepare"):
+            check_config(config)
+
+
+def test_the_commands_are_found() -> None:
+    assert len(COMMANDS) > 30
+    assert any("\\" not in command and "hydra/sweeper=search" in command for command in COMMANDS)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_what_a_page_links_to_exists(page: Path) -> None:
+    text = page.read_text("utf-8")
+    for target, anchor in re.findall(r"\]\(([^)#:]*)(#[^)]*)?\)", text):
+        other = (page.parent / target).resolve() if target else page
+        assert other.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", other.read_text("utf-8"), re.M)
+            slugs = {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+            assert anchor[1:] in slugs, f"{target}{anchor}"
+    for path in re.findall(r"`((?:src|conf|scripts|tests|docs)/[\w./-]*)`", text):
+        assert (ROOT / path).exists() or page.name == "extend.md", path
+
+
+def test_the_readme_is_a_page_or_two() -> None:
+    assert len((ROOT / "README.md").read_text("utf-8").splitlines()) <= 150
+
+
+@pytest.mark.slow
+def test_the_readmes_way_from_a_run_to_text(script: Script, tmp_path: Path) -> None:
+    """Train, train longer, evaluate, generate, sweep and compare, as the README types them, in a short form."""
+    text = tmp_path / "my.txt"
+    text.write_text((ROOT / "src" / "language_model" / "sonnets.txt").read_text("utf-8"), "utf-8")
+    run, sweep = f"folder={tmp_path / 'run'}", f"hydra.sweep.dir={tmp_path / 'rates'}"
+    for name, arguments in (
+        ("train.py", ["data=text", "data.path=my.txt", run, *TINY]),
+        ("train.py", ["resume=run", "trainer.max_epochs=3"]),
+        ("evaluate.py", ["run=run"]),
+        ("generate.py", ["run=run", "prompt=Shall I", "max_new_tokens=20"]),
+        ("train.py", ["-m", "optimizer.lr=1e-3,3e-3", "seed=1,2,3", sweep, *TINY]),
+        ("compare.py", ["sweep=rates", "by=optimizer.lr"]),
+    ):
+        done = script(name, *arguments)
+        assert done.returncode == 0, done.stderr
