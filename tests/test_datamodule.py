@@ -13,7 +13,7 @@ from language_model.data.bpe import BPETokenizer
 from language_model.data.datamodule import BinData, TextData
 from language_model.data.tokenizer import ByteTokenizer, CharTokenizer, id_tokenizer
 from language_model.data.tokenizer_file import tokenizer_from_file
-from language_model.data.windows import IGNORED
+from language_model.data.windows import IGNORE_INDEX
 from language_model.runs.config import ROOT
 
 SONNETS = ROOT / "src" / "language_model" / "sonnets.txt"
@@ -45,7 +45,7 @@ def test_the_chapters_corpus_in_numbers(tmp_path: Path) -> None:
     assert len(data.train_dataloader()) == 39
     assert not data.has_validation
     assert data.val_dataloader() == []
-    assert data.opening == "Shall I"
+    assert data.default_prompt == "Shall I"
     text = SONNETS.read_text(encoding="utf-8")
     assert text.count("\n") == 31
     assert data.tokenizer.decode(data.train_windows[0][0]) == text[:64]
@@ -80,7 +80,7 @@ def test_validation_predicts_each_token_of_the_split_once_in_order(
     loader = data.val_dataloader()
     assert isinstance(loader, DataLoader)
     pairs = [pair for inputs, targets in loader for pair in zip(inputs.flatten(), targets.flatten(), strict=True)]
-    counted = [(int(a), int(b)) for a, b in pairs if b != IGNORED]
+    counted = [(int(a), int(b)) for a, b in pairs if b != IGNORE_INDEX]
     split = data.tokenizer.encode(text[int(len(text) * 0.8) :]).tolist()
     assert counted == list(zip(split[:-1], split[1:], strict=True))
 
@@ -135,7 +135,7 @@ def test_line_ends_and_other_scripts_are_kept(text_data) -> None:
     data = text_data("学而时习之，\r\n不亦说乎？")
     assert data.num_train_tokens == 13
     assert "\r" in data.tokenizer.characters
-    assert data.opening == "学而时习之，\r\n不亦说乎？"
+    assert data.default_prompt == "学而时习之，\r\n不亦说乎？"
     assert text_data("学而时习之，\r\n不亦说乎？", newlines="normalise").num_train_tokens == 12
 
 
@@ -143,8 +143,8 @@ def test_line_ends_and_other_scripts_are_kept(text_data) -> None:
 def test_the_opening_is_whole_characters(text_data, tokenizer) -> None:
     text = "学而时习之不亦说乎有朋自远方来不亦乐乎人不知而不愠不亦君子乎" * 3
     data = text_data(text, tokenizer=tokenizer)
-    assert text.startswith(data.opening)
-    assert len(data.opening) >= 30
+    assert text.startswith(data.default_prompt)
+    assert len(data.default_prompt) >= 30
 
 
 def test_a_text_of_its_own_for_validation(text_data, tmp_path: Path) -> None:
@@ -159,7 +159,7 @@ def test_documents_end_in_a_token_of_their_own(tmp_path: Path) -> None:
     file.write_text("".join(json.dumps({"text": text}) + "\n" for text in ("ab", "ba", "aab")))
     make = partial(TextData, str(file), CharTokenizer.from_texts, str(tmp_path / "cache"), seq_len=2, batch_size=1)
     assert np.asarray(make().corpus.train).tolist() == [0, 1, 2, 1, 0, 2, 0, 0, 1, 2]
-    assert make().opening == "abbaaab"
+    assert make().default_prompt == "abbaaab"
     assert np.asarray(make(end_of_text=False).corpus.train).tolist() == [0, 1, 1, 0, 0, 0, 1]
 
 
@@ -186,7 +186,7 @@ def test_token_files_of_nanogpt_and_llm_c(tmp_path: Path, header: str | None) ->
     assert data.train_windows[8][1].tolist() == [6, 5, 3, 5]
     assert data.num_val_tokens == 3
     assert data.tokenizer.vocab_size == 50_257
-    assert data.opening == "7 50256"
+    assert data.default_prompt == "7 50256"
 
 
 def test_token_files_in_shards(tmp_path: Path) -> None:
@@ -202,11 +202,11 @@ def test_token_files_with_their_tokenizer(tmp_path: Path) -> None:
     train = write_tokens(tmp_path / "train.bin", [0, 1, 2, 0, 1, 2])
     tokenizer = partial(tokenizer_from_file, path=str(tmp_path / "tokenizer.json"))
     data = BinData(train, None, tokenizer, str(tmp_path), seq_len=4, batch_size=1)
-    assert data.opening == "abcabc"
+    assert data.default_prompt == "abcabc"
     CharTokenizer("ab").save(tmp_path / "tokenizer.json")
     with pytest.raises(ValueError, match=r"train.bin has the id 2; the tokenizer's go from 0 to 1"):
         BinData(train, None, tokenizer, str(tmp_path), seq_len=4, batch_size=1)
-    with pytest.raises(ValueError, match="have no text for a tokenizer to learn from"):
+    with pytest.raises(ValueError, match="have no text to learn a tokenizer from"):
         BinData(train, None, CharTokenizer.from_texts, str(tmp_path), seq_len=4, batch_size=1)
     with pytest.raises(ValueError, match=r"the id 2; the tokenizer's go from 0 to 1"):
         BinData(train, None, partial(id_tokenizer, vocab_size=2), str(tmp_path), seq_len=4, batch_size=1)

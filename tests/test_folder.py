@@ -30,7 +30,9 @@ def test_plain_overrides_are_their_own_folder_name() -> None:
 
 
 def test_a_result_is_written_whole_and_as_plain_json(tmp_path: Path) -> None:
-    files.write_json(tmp_path / "result.json", {"best": math.nan, "steps": 3, "metrics": {"val/loss": math.inf, "lr": 0.1}})
+    files.write_json(
+        tmp_path / "result.json", {"best": math.nan, "steps": 3, "metrics": {"val/loss": math.inf, "lr": 0.1}}
+    )
     result = json.loads((tmp_path / "result.json").read_text(), parse_constant=pytest.fail)
     assert result == {"best": None, "steps": 3, "metrics": {"val/loss": None, "lr": 0.1}}
     assert [path.name for path in tmp_path.iterdir()] == ["result.json"]

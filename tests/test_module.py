@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 import language_model.training.module
 from language_model.data.tokenizer import CharTokenizer, IdTokenizer
-from language_model.data.windows import IGNORED
+from language_model.data.windows import IGNORE_INDEX
 from language_model.training.checkpoint import LastCheckpoint
 from language_model.training.module import LanguageModel, NonFiniteError
 from language_model.training.optimizer import adamw, muon
@@ -165,7 +165,7 @@ def test_clipping_by_value(tmp_path) -> None:
 @pytest.mark.filterwarnings("ignore:.*")
 def test_validation_loss_is_the_mean_over_tokens(tmp_path) -> None:
     val = batches(2) + batches(1, size=1)
-    val[2][1][0, 2:] = IGNORED  # a short last window
+    val[2][1][0, 2:] = IGNORE_INDEX  # a short last window
     _, trainer, module = fit(tmp_path, Bigram(), batches(1), val)
     losses = [
         loss
@@ -175,7 +175,7 @@ def test_validation_loss_is_the_mean_over_tokens(tmp_path) -> None:
             targets.flatten().tolist(),
             strict=True,
         )
-        if target != IGNORED
+        if target != IGNORE_INDEX
     ]
     assert len(losses) == 24 + 24 + 2
     mean = sum(losses) / len(losses)
@@ -190,7 +190,7 @@ def test_bits_per_byte_by_hand(tmp_path) -> None:
     network = Bigram()
     nn.init.zeros_(network.table.weight)
     ids = torch.from_numpy(tokenizer.encode("a学👩éΩ学aa")).long()
-    targets = torch.cat([ids[1:], torch.tensor([IGNORED, IGNORED])])
+    targets = torch.cat([ids[1:], torch.tensor([IGNORE_INDEX, IGNORE_INDEX])])
     batch = (torch.cat([ids, ids[:1]])[None], targets[None])
     _, trainer, _ = fit(tmp_path, network, [batch], [batch], tokenizer=tokenizer, lr=1e-9)
     num_bytes = 3 + 4 + 2 + 2 + 3 + 1 + 1  # of all characters but the first

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from language_model.data import prepare as module
 from language_model.data.bpe import BPETokenizer
-from language_model.data.prepare import Corpus, at_spaces, cached_fact, prepare, smallest_dtype
+from language_model.data.prepare import Corpus, cached_fact, cut_at_spaces, prepare, smallest_dtype
 from language_model.data.text_files import TextFiles
 from language_model.data.tokenizer import ByteTokenizer, CharTokenizer
 from language_model.data.tokenizer_file import tokenizer_from_file
@@ -69,7 +69,7 @@ def test_a_tokenizer_learns_from_the_training_text_alone(prepared) -> None:
 def test_cutting_keeps_the_text(text: str, piece: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "PIECE", piece)
-        pieces = list(at_spaces([(text[:70], False), (text[70:], True), (text, False)]))
+        pieces = list(cut_at_spaces([(text[:70], False), (text[70:], True), (text, False)]))
     assert "".join(part for part, _ in pieces) == text + text
     assert sum(ends for _, ends in pieces) == 1
     assert all(len(part) <= piece for part, _ in pieces)
@@ -213,3 +213,16 @@ def test_a_killed_preparation_is_done_again(tmp_path: Path) -> None:
     assert preparing(tmp_path, 0).communicate(timeout=120)[0] == "encoding\n" * 2
     (folder,) = (tmp_path / "cache").iterdir()
     assert (folder / "corpus.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("maker", "name"),
+    [
+        (CharTokenizer.from_texts, "CharTokenizer.of"), (ByteTokenizer.from_texts, "ByteTokenizer.of"),
+        (partial(BPETokenizer.train, vocab_size=300), "BPETokenizer.train"),
+    ],
+)  # fmt: skip
+def test_corpora_of_earlier_versions_stay_valid(maker, name: str) -> None:
+    """The key of a corpus has the tokenizer's name in it; these are the names of commit 0a1ae00."""
+    settings = {"vocab_size": 300} if name == "BPETokenizer.train" else {}
+    assert module.describe_maker(maker) == [f"language_model.tokenizer.{name}", settings]

@@ -54,11 +54,13 @@ def test_every_moved_name_is_one_of_today() -> None:
 def test_names_of_earlier_versions_are_read_as_those_of_today(tmp_path: Path) -> None:
     old = {"model": {"_target_": "language_model.gpt.GPT", "attention": "plain"}, "data": {"path": "a=b"}}
     OmegaConf.save(OmegaConf.create(old), tmp_path / "config.yaml")
-    assert read_config(tmp_path).model == {"_target_": "language_model.model.gpt.GPT", "attention": "unfused"}
+    model = {"_target_": "language_model.model.gpt.GPT", "attention": "unfused"}
+    assert read_config(tmp_path).model == model
     assert read_settings(tmp_path)["data.path"] == "a=b"
     overrides = ["model.attention=plain", "data.path=plain", "optimizer._target_=language_model.optim.muon", "seed=1"]
     assert with_new_names(overrides) == [
-        "model.attention=unfused", "data.path=plain", "optimizer._target_=language_model.training.optimizer.muon", "seed=1",
+        "model.attention=unfused", "data.path=plain",
+        "optimizer._target_=language_model.training.optimizer.muon", "seed=1",
     ]  # fmt: skip
 
 

@@ -104,7 +104,7 @@ def test_another_field(tmp_path: Path) -> None:
         ("a.txt.gz", b"ab\xff", "a.txt.gz is not UTF-8 text: byte 2 is 0xff"),
         ("a.jsonl", '{"text": "a"}\n\n{"text": ', "a.jsonl, line 3: not JSON"),
         ("a.jsonl", '{"text": "a"}\n["text"]', "a.jsonl, line 2: not a JSON object but list"),
-        ("a.jsonl", '{"title": "a", "body": 1}', "a.jsonl, line 1: there is no field 'text' but 'title', 'body'"),
+        ("a.jsonl", '{"title": "a", "body": 1}', "a.jsonl, line 1: there is no field 'text', only 'title', 'body'"),
         ("a.jsonl", '{"text": 3}', "a.jsonl, line 1: the field 'text' is not text but int"),
         ("a.jsonl", '{"text": "\\ud800"}', "a.jsonl, line 1: half of a surrogate pair"),
     ],
@@ -122,10 +122,10 @@ def test_what_is_no_text_is_named_with_its_place(
 def test_a_gzip_file_that_is_not_whole(tmp_path: Path) -> None:
     path = tmp_path / "a.txt.gz"
     path.write_bytes(gzip.compress(os.urandom(1_000).hex().encode())[:-100])
-    with pytest.raises(ValueError, match=r"a.txt.gz is not a whole gzip file"):
+    with pytest.raises(ValueError, match=r"a.txt.gz is not a complete gzip file"):
         documents(TextFiles(str(path)))
     path.write_bytes(b"plain")
-    with pytest.raises(ValueError, match=r"a.txt.gz is not a whole gzip file: Not a gzipped file"):
+    with pytest.raises(ValueError, match=r"a.txt.gz is not a complete gzip file: Not a gzipped file"):
         documents(TextFiles(str(path)))
 
 
@@ -199,14 +199,14 @@ def test_a_failed_download_leaves_nothing_and_says_what_to_do(
     server: str, tmp_path: Path, path: str, sha256: str, says: str
 ) -> None:
     url = f"{server}/{path}"
-    with pytest.raises(ValueError, match=f"{url} could not be fetched: .*{says}") as failed:
+    with pytest.raises(ValueError, match=f"{url} could not be downloaded: .*{says}") as failed:
         download(url, sha256, tmp_path)
     name = path.replace("/", "-")
-    assert f"fetch it by hand, curl -L -o {name} {url}, and set data.path={name}" in str(failed.value)
+    assert f"download it by hand, curl -L -o {name} {url}, and set data.path={name}" in str(failed.value)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_no_network(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"could not be fetched: .*[Rr]efused.*; fetch it by hand"):
+    with pytest.raises(ValueError, match=r"could not be downloaded: .*[Rr]efused.*; download it by hand"):
         download("http://127.0.0.1:9/a/b.txt", SHA256, tmp_path)
     assert list(tmp_path.iterdir()) == []

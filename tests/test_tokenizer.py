@@ -127,7 +127,7 @@ def test_ids_are_numbers() -> None:
     assert tokenizer.decode([3, 14, 15]) == " 3 14 15"
     assert tokenizer.encode("3 14 15").tolist() == [3, 14, 15]
     for text in ("3 x", "100", "-1"):
-        with pytest.raises(ValueError, match=r"a text of token ids \(0 to 99\) is needed"):
+        with pytest.raises(ValueError, match=r"the text must be token ids \(0 to 99\)"):
             tokenizer.encode(text)
     with pytest.raises(ValueError, match="text needs another"):
         id_tokenizer(Texts(["3"]), False)
@@ -200,9 +200,9 @@ def test_the_end_of_text_must_be_there(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("tokenizer", "says"),
     [
-        (library(normalizer=normalizers.Lowercase()), "does not give back the text it is given: .A  b"),
-        (library(decoder=decoders.WordPiece()), "tokens do not stand for bytes"),
-        (Library(models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]")), "tokens do not stand for bytes"),
+        (library(normalizer=normalizers.Lowercase()), "does not decode to the text that it encoded: .A  b"),
+        (library(decoder=decoders.WordPiece()), "tokens do not represent bytes"),
+        (Library(models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]")), "tokens do not represent bytes"),
     ],
 )
 def test_tokenizers_that_lose_text_are_refused(tmp_path: Path, tokenizer: Library, says: str) -> None:

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from language_model.data.token_files import TokenFile
 from language_model.data.windows import (
-    IGNORED,
+    IGNORE_INDEX,
     ShuffledBatches,
     Windows,
     WindowsInOrder,
@@ -53,7 +53,7 @@ def test_windows_in_order_predict_each_token_once(parts: list[list[int]], seq_le
     windows = WindowsInOrder([np.array(part, np.uint8) for part in parts], seq_len)
     inputs, targets = windows.__getitems__(np.arange(len(windows)))
     assert inputs.shape == targets.shape == (len(windows), seq_len)
-    pairs = [(int(a), int(b)) for a, b in zip(inputs.flatten(), targets.flatten(), strict=True) if b != IGNORED]
+    pairs = [(int(a), int(b)) for a, b in zip(inputs.flatten(), targets.flatten(), strict=True) if b != IGNORE_INDEX]
     assert pairs == [pair for part in parts for pair in zip(part[:-1], part[1:], strict=True)]
     assert inputs.min() >= 0
     one, last = windows[len(windows) - 1]

@@ -12,19 +12,19 @@ from language_model.data.tokenizer import END_OF_TEXT, Texts, Tokenizer
 
 
 class BPETokenizer(Tokenizer):
-    """A tokenizer of the `tokenizers` library whose tokens stand for bytes: GPT-2's, Llama's, one trained here, ...
+    """A tokenizer of the `tokenizers` library whose tokens represent bytes: GPT-2's, Llama's, one trained here, ...
 
     Args:
-        content: the JSON that the library saves (tokenizer.json).
+        content: the library's JSON (tokenizer.json).
 
     Raises:
-        ValueError: it is not such a tokenizer, or one that does not keep all of a text (lower case, WordPiece, ...).
+        ValueError: it is not such a tokenizer, or it loses parts of a text (lower case, WordPiece, ...).
     """
 
     ends = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")  # GPT-2's and most others', Llama 3's, Llama 2's, Gemma's
 
     def __init__(self, content: str) -> None:
-        from tokenizers import Tokenizer as Library  # here, for the runs that do without
+        from tokenizers import Tokenizer as Library  # here: many runs do without
 
         try:
             self._tokenizer = Library.from_str(without_dummy_prefix(content))
@@ -37,7 +37,7 @@ class BPETokenizer(Tokenizer):
         decoder = tree["decoder"] or {}
         kinds = {part.get("type") for part in (decoder, *decoder.get("decoders", []))}
         if not kinds & {"ByteLevel", "ByteFallback"}:
-            raise ValueError("its tokens do not stand for bytes, so that it would lose text")
+            raise ValueError("its tokens do not represent bytes: it would lose text")
         self._lossless = "ByteLevel" in kinds and tree["normalizer"] is None  # else each text is checked
         self.vocab_size = max(self._tokenizer.get_vocab().values()) + 1
         self.token_bytes = self._count_bytes("ByteLevel" in kinds)
@@ -45,7 +45,7 @@ class BPETokenizer(Tokenizer):
         self.end_of_text = next((i for i in known if i is not None), None)
         probe = " A  b\n\n'c' d\t12345 学而时习之 \r\n ."
         if self.decode(np.concatenate([self.encode(probe), self.encode(probe)])) != 2 * probe:
-            raise ValueError("it changes the text between two texts that stand one after the other")
+            raise ValueError("it changes the text where two texts meet")
 
     @classmethod
     def train(
@@ -58,10 +58,10 @@ class BPETokenizer(Tokenizer):
         """Learn a byte-level BPE from the texts.
 
         Args:
-            texts: what to learn from.
-            end_of_text: whether there shall be a token that ends a document.
-            vocab_size: number of tokens: the 256 bytes, the pairs, and the token that ends a document.
-            max_characters: how much of the texts to learn from, evenly spread: memory and time grow with it.
+            texts: the training texts.
+            end_of_text: whether to add a token that ends a document.
+            vocab_size: number of tokens, the 256 bytes and the end-of-text token included.
+            max_characters: learn from this many characters, spread evenly; memory and time grow with it.
         """
         from tokenizers import Tokenizer as Library
         from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -83,18 +83,18 @@ class BPETokenizer(Tokenizer):
                 passed += len(text)
                 part = text[: max(0, int(passed * share) - taken)]
                 taken += len(part)
-                # In small pieces: the library holds hundreds of them at a time.
+                # Small pieces: the library keeps hundreds of them in memory.
                 yield from (part[i : i + 16_384] for i in range(0, len(part), 16_384))
 
         tokenizer.train_from_iterator(sample(), trainer)
         return cls(tokenizer.to_str())
 
     def encode(self, text: str) -> np.ndarray:
-        """Return the ids of a text; ValueError if they would not give it back."""
+        """Return the ids of a text; ValueError if decoding them would change it."""
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Return the ids of several texts, encoded in parallel; ValueError if they would not give one back."""
+        """Return the ids of several texts, encoded in parallel; ValueError if decoding them would change one."""
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         batch = [np.array(encoding.ids, np.int64) for encoding in encodings]
         if not self._lossless:
@@ -103,17 +103,17 @@ class BPETokenizer(Tokenizer):
                 if back != text:
                     at = next((i for i, (a, b) in enumerate(zip(text, back, strict=False)) if a != b), len(back))
                     raise ValueError(
-                        f"the tokenizer does not give back the text it is given: {text[at : at + 20]!r} "
+                        f"the tokenizer does not decode to the text that it encoded: {text[at : at + 20]!r} "
                         f"becomes {back[at : at + 20]!r}"
                     )
         return batch
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Return the text of the ids; bytes that are no UTF-8 become U+FFFD. ValueError for an id that is no token."""
-        return self._tokenizer.decode(self.checked(ids), skip_special_tokens=False)
+        """Return the text of the ids, with U+FFFD for invalid UTF-8; ValueError for an id that is not a token."""
+        return self._tokenizer.decode(self.check_ids(ids), skip_special_tokens=False)
 
     def to_json(self) -> str:
-        """Return what the tokenizers library reads and writes."""
+        """Return the tokenizer as the library's JSON."""
         return self._tokenizer.to_str()
 
     def _count_bytes(self, byte_level: bool) -> np.ndarray:
@@ -123,7 +123,7 @@ class BPETokenizer(Tokenizer):
             if i in added:
                 sizes[i] = 0 if added[i].special else len(token.encode())
             elif byte_level:
-                sizes[i] = len(token)  # in which a character stands for a byte
+                sizes[i] = len(token)  # a character for each byte
             elif re.fullmatch("<0x[0-9A-F]{2}>", token):
                 sizes[i] = 1
             else:
@@ -132,7 +132,7 @@ class BPETokenizer(Tokenizer):
 
 
 def without_dummy_prefix(content: str) -> str:
-    """Return a tokenizer.json without the space that Llama 2's puts before each text: a stream has no beginning."""
+    """Return a tokenizer.json without the space that Llama 2's adds before each text: a text may be a middle part."""
     tree = json.loads(content)
     normalizer = tree.get("normalizer") or {}
     parts = normalizer.get("normalizers", [])

@@ -1,4 +1,4 @@
-"""The data of a run: text or token files, as batches of windows for training and validation."""
+"""The LightningDataModules: text or token files as batches of windows for training and validation."""
 
 import functools
 import re
@@ -31,18 +31,18 @@ class TokenData(L.LightningDataModule):
     """Token sequences as batches (inputs, targets), each (B, T) int64: shuffled for training, in order for validation.
 
     Args:
-        name: what to call it.
-        tokenizer: that made the tokens.
-        train: the training tokens, in one sequence or several.
-        val: the validation tokens; none for no validation.
+        name: for messages.
+        tokenizer: the one that made the tokens.
+        train: the training tokens, in one or several sequences.
+        val: the validation tokens; empty for no validation.
         seq_len: window length T, in tokens.
         batch_size: windows in a batch B, on each device.
         stride: tokens from one training window to the next.
-        num_workers: processes that prepare batches; 0 is fastest for tokens that are mapped from a file.
-        seed: decides the order of the windows.
+        num_workers: processes that load batches; 0 is fastest for memory-mapped tokens.
+        seed: of the order of the windows.
 
     Raises:
-        ValueError: with `order`, that there are too few windows for a batch.
+        ValueError: from `train_batch_sampler`, if there are too few windows for a batch.
     """
 
     def __init__(
@@ -70,9 +70,9 @@ class TokenData(L.LightningDataModule):
         self.num_train_tokens = sum(map(len, train))
         self.num_val_tokens = sum(map(len, val))
         first = np.asarray((*train, *val)[0])[:100]
-        beginning = tokenizer.decode(first[first != tokenizer.end_of_text]).rstrip("\ufffd")  # half a character
+        beginning = tokenizer.decode(first[first != tokenizer.end_of_text]).rstrip("\ufffd")  # a character cut in half
         words = re.search(r"\S+(\s+\S+)?", beginning)
-        self.opening = words[0][:40] if words else beginning[:1]  # the first two words
+        self.default_prompt = words[0][:40] if words else beginning[:1]  # the first two words
 
     @property
     def has_validation(self) -> bool:
@@ -80,11 +80,11 @@ class TokenData(L.LightningDataModule):
         return self.val_windows is not None
 
     def train_batch_sampler(self) -> ShuffledBatches:
-        """Return the order of the training batches, for this process of this trainer."""
+        """Return the order of the training batches for this process of the trainer."""
         trainer = self.trainer
 
         def done() -> int:
-            """Return how many of the epoch's batches a resumed run has behind it."""
+            """Return the number of this epoch's batches that were done before the run resumed."""
             return trainer.fit_loop.epoch_loop.batch_progress.current.completed if trainer else 0
 
         return ShuffledBatches(
@@ -103,7 +103,7 @@ class TokenData(L.LightningDataModule):
         return self._loader(self.train_windows, self.train_batch_sampler())
 
     def val_dataloader(self) -> DataLoader | list:
-        """Return the whole validation split once, in order, windows not overlapping; no loader without a split."""
+        """Return the whole validation split once, in order, windows without overlap; an empty list without a split."""
         if self.val_windows is None:
             return []
         rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
@@ -115,16 +115,16 @@ class TokenData(L.LightningDataModule):
         return DataLoader(
             windows,
             batch_sampler=batches,  # type: ignore[arg-type]  # arrays of indices, not lists
-            collate_fn=identity_collate,  # type: ignore[arg-type]  # of __getitems__, not a list
+            collate_fn=identity_collate,  # type: ignore[arg-type]  # __getitems__ returns a batch, not a list
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator().manual_seed(self.seed),  # else iterating draws from the global one
+            generator=torch.Generator().manual_seed(self.seed),  # iterating would use the global one
         )
 
 
 def identity_collate(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Collate what is a batch already."""
+    """Return the batch, which is already collated."""
     return batch
 
 
@@ -134,20 +134,20 @@ class TextData(TokenData):
     Args:
         path: a file, a folder, a glob, or a list of these: plain text, .jsonl, or either with .gz; see TextFiles.
         tokenizer: makes the tokenizer, given the training text and `end_of_text`.
-        cache: folder where prepared corpora and downloads are kept.
-        url: where to fetch the text if `path` is None.
-        sha256: of what is fetched.
+        cache: folder for prepared corpora and downloads.
+        url: where to download the text if `path` is None.
+        sha256: checksum of the download.
         val_path: text for validation, as `path`.
-        val_fraction: without `val_path`, the share of the characters, at the text's end, that is kept for
-            validation; 0 for none.
-        field: where a line of a .jsonl file has its text.
+        val_fraction: without `val_path`, the share of the characters, at the end of the text, used for validation; 0
+            for none.
+        field: the key of the text in a line of a .jsonl file.
         encoding: of the files.
         newlines: keep or normalise.
-        end_of_text: whether a token of its own ends each document; None: if there are .jsonl files.
+        end_of_text: whether each document ends with a token for that; None: if there are .jsonl files.
         seq_len, batch_size, stride, num_workers, seed: see TokenData.
 
     Raises:
-        OSError, ValueError: the text cannot be had, read, tokenized or kept, or there is too little of it.
+        OSError, ValueError: the text cannot be downloaded, read, tokenized or written, or is too short.
     """
 
     def __init__(
@@ -171,9 +171,7 @@ class TextData(TokenData):
     ) -> None:
         if path is None:
             if url is None or sha256 is None:
-                raise ValueError(
-                    "path: the text is needed, as data.path=..., or where to fetch it, as data.url and data.sha256"
-                )
+                raise ValueError("path: set data.path=..., or data.url and data.sha256 of a text to download")
             path = str(download(url, sha256, Path(cache)))
         text = functools.partial(TextFiles, field=field, encoding=encoding, newlines=newlines)
         train, val = text(path), None if val_path is None else text(val_path)
@@ -198,17 +196,17 @@ class TextData(TokenData):
 
 
 class BinData(TokenData):
-    """Token files made for nanoGPT (uint16, nothing else) or llm.c (a header, then uint16 or uint32).
+    """Token files for nanoGPT (uint16 only) or llm.c (a header, then uint16 or uint32).
 
     Args:
         train_path: a file, a folder's glob, or a list of these; windows do not cross from one file to the next.
         val_path: the same, for validation; None for none.
         tokenizer: makes the tokenizer; there is no text to learn from.
-        cache: folder where it is noted what large files hold.
+        cache: folder for facts about large files.
         seq_len, batch_size, stride, num_workers, seed: see TokenData.
 
     Raises:
-        OSError, ValueError: a file cannot be read, is not of that kind, has ids beyond the tokenizer's, or too few.
+        OSError, ValueError: a file cannot be read, has another format, has ids beyond the tokenizer's, or is too short.
     """
 
     def __init__(
@@ -236,11 +234,11 @@ class BinData(TokenData):
             check_validation(len(file), str(file.path))
         check_training(max(map(len, train)), seq_len)
         super().__init__(name, made, train, val, seq_len, batch_size, stride, num_workers, seed)
-        self.train_batch_sampler()  # raises where there are too few windows
+        self.train_batch_sampler()  # raises if there are too few windows
 
 
 class NoText:
-    """What a tokenizer can learn from token files: nothing but the largest id."""
+    """In place of the training text, which token files do not have: only the largest id is known."""
 
     num_characters = 0
 
@@ -249,5 +247,5 @@ class NoText:
 
     def __iter__(self) -> Any:
         raise ValueError(
-            "token files have no text for a tokenizer to learn from: take tokenizer=file, with its path, or ids"
+            "token files have no text to learn a tokenizer from: use tokenizer=file, with its path, or tokenizer=ids"
         )

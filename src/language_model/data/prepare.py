@@ -1,4 +1,4 @@
-"""From text to token files: tokenized once, in pieces, and kept."""
+"""Text to token files: tokenized once, in pieces, and cached."""
 
 import functools
 import glob
@@ -25,15 +25,23 @@ from language_model.files import sha256_of
 from language_model.terminal import progress
 
 FORMAT = 1  # of a prepared corpus; part of its key
-PIECE = 1 << 16  # characters that are encoded as one
-BATCH = 1 << 20  # characters that are encoded at once
-LARGE = 1 << 26  # bytes of a file from which on what is known of it is remembered
+PIECE = 1 << 16  # characters that are encoded as one text
+BATCH = 1 << 20  # characters that are encoded together
+LARGE = 1 << 26  # size in bytes of a file whose facts are cached
+
+# Tokenizers by their first names, which are part of a prepared corpus's key: earlier corpora stay valid.
+KEY_NAMES = {
+    "CharTokenizer.from_texts": "language_model.tokenizer.CharTokenizer.of",
+    "ByteTokenizer.from_texts": "language_model.tokenizer.ByteTokenizer.of",
+    "BPETokenizer.train": "language_model.tokenizer.BPETokenizer.train",
+    "tokenizer_from_file": "language_model.tokenizer.from_file",
+}
 
 MakeTokenizer = Callable[[Texts, bool], Tokenizer]
 
 
 class Corpus(NamedTuple):
-    """A prepared corpus: its tokenizer, its splits, and the characters, bytes, documents and tokens of each."""
+    """A prepared corpus: tokenizer, splits, and the number of characters, bytes, documents and tokens of each."""
 
     tokenizer: Tokenizer
     train: TokenFile
@@ -53,38 +61,28 @@ def prepare(
 ) -> Corpus:
     """Tokenize a corpus into a folder in `cache`, or find it there.
 
-    The folder's name ends in a hash of all that decides what is in it: the files' contents, the tokenizer, the
-    settings. It appears in one move, whole. Of several processes one prepares, and the others wait for it.
+    The folder's name ends with a hash of everything that determines its content. It is moved into place when it is
+    complete. One of several processes prepares it while the others wait.
 
     Args:
-        train: the text; without `val` its end is for validation, from a share 1 - `val_fraction` of its characters on.
+        train: the text; without `val`, a share `val_fraction` of its characters at the end is for validation.
         val: the text for validation.
         val_fraction: 0 for no validation.
-        make_tokenizer: is given the training text and `end_of_text`.
-        end_of_text: whether each document ends in the tokenizer's token for that.
-        cache: where prepared corpora are kept.
-        accept: is given each split's name (train, val) and number of tokens, and raises ValueError if that will not do.
+        make_tokenizer: called with the training text and `end_of_text`.
+        end_of_text: whether each document ends with the tokenizer's token for that.
+        cache: folder for prepared corpora.
+        accept: called with each split's name (train, val) and number of tokens; raises ValueError if these are too few.
 
     Raises:
-        OSError, ValueError: as TextFiles, the tokenizer and `accept` do, or for lack of space; nothing is left then.
+        OSError, ValueError: as TextFiles, the tokenizer and `accept`, or for lack of space; nothing is left then.
     """
     files = train.files + (val.files if val else [])
     stamps = [file_stamp(file) for file in files]
-    sums = [cached_fact("sha256", file, cache, functools.partial(sha256_of, file)) for file in files]
-    settings = {
-        "format": FORMAT,
-        "train": sums[: len(train.files)],
-        "val": sums[len(train.files) :] if val else val_fraction,
-        "encoding": train.encoding,
-        "newlines": train.newlines,
-        "field": train.field,
-        "end_of_text": end_of_text,
-        "tokenizer": description(make_tokenizer),
-    }
+    settings = corpus_settings(train, val, val_fraction, make_tokenizer, end_of_text, cache)
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
     name = re.sub(r"[^A-Za-z0-9_.-]+", "_", train.name)[:40]
-    folder = next(cache.glob(f"*-{key}"), cache / f"{name}-{key}")  # whatever the files were called then
-    with whole_folder(folder) as partial:
+    folder = next(cache.glob(f"*-{key}"), cache / f"{name}-{key}")  # whatever the text was called
+    with new_folder(folder) as partial:
         if partial is not None:
             facts, tokenizer = tokenize(train, val, val_fraction, make_tokenizer, end_of_text, accept, partial)
             if [file_stamp(file) for file in files] != stamps:
@@ -96,6 +94,31 @@ def prepare(
     for split, facts_of_split in corpus.facts.items():
         accept(split, facts_of_split["tokens"])
     return corpus
+
+
+def corpus_settings(
+    train: TextFiles,
+    val: TextFiles | None,
+    val_fraction: float,
+    make_tokenizer: MakeTokenizer,
+    end_of_text: bool,
+    cache: Path,
+) -> dict[str, Any]:
+    """Return everything that determines the content of a prepared corpus; see `prepare`."""
+
+    def checksums(text: TextFiles) -> list[str]:
+        return [cached_fact("sha256", file, cache, functools.partial(sha256_of, file)) for file in text.files]
+
+    return {
+        "format": FORMAT,
+        "train": checksums(train),
+        "val": checksums(val) if val else val_fraction,
+        "encoding": train.encoding,
+        "newlines": train.newlines,
+        "field": train.field,
+        "end_of_text": end_of_text,
+        "tokenizer": describe_maker(make_tokenizer),
+    }
 
 
 def load_corpus(folder: Path) -> Corpus:
@@ -116,7 +139,7 @@ def tokenize(
     accept: Callable[[str, int], None],
     folder: Path,
 ) -> tuple[dict[str, dict[str, int]], Tokenizer]:
-    """Write the splits' token files; return the facts about each, and the tokenizer."""
+    """Write the splits' token files; return the facts about each split, and the tokenizer."""
     everything = Section(train, "reading")
     num_characters = sum(map(len, everything))
     if not num_characters:
@@ -133,28 +156,28 @@ def tokenize(
             facts[split] = encode(section, tokenizer, ending, folder / f"{split}.bin")
         except UnknownCharacterError as error:
             name = train.name if split == "train" else "the validation text"
-            raise ValueError(f"{name}: {error}; tokenizer=byte and tokenizer=bpe take any text") from None
+            raise ValueError(f"{name}: {error}; tokenizer=byte and tokenizer=bpe accept any text") from None
         accept(split, facts[split]["tokens"])
     return facts, tokenizer
 
 
 def encode(section: "Section", tokenizer: Tokenizer, ending: int | None, path: Path) -> dict[str, int]:
-    """Write the ids of a text, and of `ending` after each document, to a new file; return how much there was."""
+    """Write the ids of a text, with `ending` after each document, to a new file; return the facts about it."""
     dtype = np.dtype(smallest_dtype(tokenizer.vocab_size)).newbyteorder("<")
     facts = {"documents": 0, "characters": 0, "bytes": 0, "tokens": 0}
-    within = False  # a document
+    in_document = False
     with path.open("wb") as file:
-        for batch in batches(at_spaces(section.pieces())):
+        for batch in batches(cut_at_spaces(section.pieces())):
             texts = [text for text, _ in batch]
             try:
                 encoded = tokenizer.encode_batch(texts)
             except UnknownCharacterError as error:
-                raise error.further(facts["characters"]) from None
+                raise error.shifted_by(facts["characters"]) from None
             for (text, ends), ids in zip(batch, encoded, strict=True):
                 ending_here = [ending] if ends and ending is not None else []
                 file.write(np.append(ids, ending_here).astype(dtype).data)
-                facts["documents"] += not within
-                within = not ends
+                facts["documents"] += not in_document
+                in_document = not ends
                 facts["characters"] += len(text)
                 facts["bytes"] += len(text.encode("utf-8"))
                 facts["tokens"] += len(ids) + len(ending_here)
@@ -164,7 +187,7 @@ def encode(section: "Section", tokenizer: Tokenizer, ending: int | None, path: P
 
 
 class Section:
-    """The characters from `start` to `end` of a text, in pieces, as often as wanted, each time with a progress bar."""
+    """The characters from `start` to `end` of a text, in pieces; each iteration shows a progress bar."""
 
     def __init__(self, files: TextFiles, what: str, start: int = 0, end: int | None = None) -> None:
         self.files = files
@@ -190,17 +213,17 @@ class Section:
                     return
 
 
-def at_spaces(pieces: Iterable[tuple[str, bool]]) -> Iterator[tuple[str, bool]]:
-    """Cut pieces anew, none longer than PIECE, before a space after a word, where no tokenizer's word is cut.
+def cut_at_spaces(pieces: Iterable[tuple[str, bool]]) -> Iterator[tuple[str, bool]]:
+    """Yield the same text in pieces of at most PIECE characters, cut before a space after a word.
 
-    So byte pairs come out as if a document had been encoded in one.
+    No tokenizer's word is cut there, so byte pairs are the same as for a document encoded as one text.
     """
     rest = ""
     for text, ends in pieces:
         rest += text
         start = 0
         while len(rest) - start > PIECE:
-            end = last_boundary(rest, start + 1, start + PIECE)
+            end = last_cut(rest, start + 1, start + PIECE)
             yield rest[start:end], False
             start = end
         rest = rest[start:]
@@ -211,8 +234,8 @@ def at_spaces(pieces: Iterable[tuple[str, bool]]) -> Iterator[tuple[str, bool]]:
         yield rest, False
 
 
-def last_boundary(text: str, start: int, end: int) -> int:
-    """Return the last place from start to end before a space, or else a newline, that follows a word; else the end."""
+def last_cut(text: str, start: int, end: int) -> int:
+    """Return the last position in start to end before a space (else a newline) after a word; else the end."""
     for white in " ", "\n":
         i = end
         while (i := text.rfind(white, start, i)) > 0:
@@ -222,7 +245,7 @@ def last_boundary(text: str, start: int, end: int) -> int:
 
 
 def batches(pieces: Iterable[tuple[str, bool]]) -> Iterator[list[tuple[str, bool]]]:
-    """Group pieces until there are BATCH characters."""
+    """Group pieces into batches of about BATCH characters."""
     batch, size = [], 0
     for piece in pieces:
         batch.append(piece)
@@ -234,16 +257,16 @@ def batches(pieces: Iterable[tuple[str, bool]]) -> Iterator[list[tuple[str, bool
 
 
 def smallest_dtype(vocab_size: int) -> str:
-    """Return the smallest type that holds the ids."""
+    """Return the smallest dtype for the ids."""
     return "uint8" if vocab_size <= 1 << 8 else "uint16" if vocab_size <= 1 << 16 else "uint32"
 
 
 @contextmanager
-def whole_folder(folder: Path) -> Iterator[Path | None]:
-    """Give a folder to fill, which takes its place when all went well; None if it is there already.
+def new_folder(folder: Path) -> Iterator[Path | None]:
+    """Yield a temporary folder that becomes `folder` if no error occurs; None if `folder` already exists.
 
-    Only one process at a time is given it. Whatever goes wrong leaves nothing; a kill leaves a folder that ends in
-    .partial, which the next one to fill it removes.
+    One process at a time gets it. An error leaves nothing; after a kill, the next process removes the temporary
+    folder, whose name ends in .partial.
     """
     if folder.is_dir():
         yield None
@@ -272,13 +295,13 @@ def whole_folder(folder: Path) -> Iterator[Path | None]:
 
 
 def file_stamp(file: Path) -> list[int]:
-    """Return what changes when a file does: size, time and inode."""
+    """Return size, modification time and inode, which change when a file does."""
     stat = file.stat()
     return [stat.st_size, stat.st_mtime_ns, stat.st_ino]
 
 
 def cached_fact(what: str, file: Path, cache: Path, find: Callable[[], Any]) -> Any:
-    """Return what is to `find` of a file; for a large one noted in `cache`, as long as its stamp is the same."""
+    """Return `find()`, a fact about a file; for a large file it is cached in `cache` until the file changes."""
     now = file_stamp(file)
     if now[0] < LARGE:
         return find()
@@ -290,18 +313,18 @@ def cached_fact(what: str, file: Path, cache: Path, find: Callable[[], Any]) -> 
     except (OSError, ValueError):
         pass
     value = find()
-    if time.time_ns() - now[1] > 2e9:  # else a change within the clock's grain would go unseen
+    if time.time_ns() - now[1] > 2e9:  # a change within the clock's resolution would not be seen
         cache.mkdir(parents=True, exist_ok=True)
-        beside = note.with_suffix(f".{os.getpid()}.partial")
-        beside.write_text(json.dumps([now, value]))
-        beside.replace(note)
+        temporary = note.with_suffix(f".{os.getpid()}.partial")
+        temporary.write_text(json.dumps([now, value]))
+        temporary.replace(note)
     return value
 
 
-def description(make_tokenizer: MakeTokenizer) -> list:
-    """Return what decides the tokenizer besides the text: its function, and the settings, a file by its content."""
+def describe_maker(make_tokenizer: MakeTokenizer) -> list:
+    """Return what determines a tokenizer besides the text: its function and settings, a file by its content."""
     function = getattr(make_tokenizer, "func", make_tokenizer)
     settings = dict(getattr(make_tokenizer, "keywords", {}))
     if "path" in settings:
         settings["path"] = sha256_of(Path(settings["path"]))
-    return [f"{function.__module__}.{function.__qualname__}", settings]
+    return [KEY_NAMES.get(function.__qualname__, f"{function.__module__}.{function.__qualname__}"), settings]

@@ -1,4 +1,4 @@
-"""From files to text: which files a path names, what they hold, and how a corpus is fetched."""
+"""Files to text: which files a path names, the text in them, and downloads."""
 
 import codecs
 import gzip
@@ -19,24 +19,24 @@ from language_model.files import sha256_of
 from language_model.terminal import progress
 
 JSON_LINES = (".jsonl", ".ndjson")
-SUFFIXES = (".txt", ".text", ".md", *JSON_LINES)  # what a folder is searched for
+SUFFIXES = (".txt", ".text", ".md", *JSON_LINES)  # the files of a folder that are read
 CHUNK = 1 << 20  # bytes read at a time
 
 Advance = Callable[[int], None]
 
 
 class TextFiles:
-    """The documents in one file, several, a folder or a glob: a plain file is one, each line of a .jsonl file another.
+    """The documents in one or several files: a plain text file is one document, so is each line of a .jsonl file.
 
     Args:
-        path: a file, a folder (searched for SUFFIXES), a glob, or a list of these; files of a folder or glob are
-            sorted; a name that ends in .gz is unpacked while it is read.
-        field: where a line of a .jsonl file has its text.
+        path: a file, a folder (of files with SUFFIXES), a glob, or a list of these; files of a folder or glob are
+            sorted; .gz files are decompressed while they are read.
+        field: the key of the text in a line of a .jsonl file.
         encoding: one of Python's.
-        newlines: keep the line ends as they are, or normalise Windows' and old Macs' to one newline character.
+        newlines: keep the line ends, or normalise Windows' and old Macs' to one newline character.
 
     Raises:
-        OSError, ValueError: nothing is there; and while reading: a file is not text of that encoding, is not whole,
+        OSError, ValueError: there is no such file; while reading: a file is incomplete or not text of that encoding,
             or a line of .jsonl is not an object with that field.
     """
 
@@ -61,22 +61,22 @@ class TextFiles:
 
     @property
     def num_bytes(self) -> int:
-        """Size of the files."""
+        """Size of the files, in bytes."""
         return sum(file.stat().st_size for file in self.files)
 
     @property
     def has_jsonl(self) -> bool:
-        """Whether some files have a document a line."""
+        """Whether some files are .jsonl."""
         return any(ends_in(file, JSON_LINES) for file in self.files)
 
     def pieces(self, advance: Advance = lambda num_bytes: None) -> Iterator[tuple[str, bool]]:
-        """Yield (text, ends) in order: the documents, the long ones in pieces, and whether one ends there.
+        """Yield (text, ends) in order: a piece of a document, and whether the document ends with it.
 
-        `advance` is told how many bytes of the files were read since the last time.
+        `advance` is called with the number of bytes that were read since its last call.
         """
         for file in self.files:
             if ends_in(file, JSON_LINES):
-                for number, line in enumerate(lines(self._decoded(file, advance)), 1):
+                for number, line in enumerate(split_lines(self._decoded(file, advance)), 1):
                     if line.strip():
                         yield self._field_of(line, f"{file}, line {number:,}"), True
             else:
@@ -93,7 +93,7 @@ class TextFiles:
                 try:
                     content = stream.read(CHUNK)
                 except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-                    raise ValueError(f"{file} is not a whole gzip file: {error}") from None
+                    raise ValueError(f"{file} is not a complete gzip file: {error}") from None
                 pending = len(decoder.getstate()[0])
                 try:
                     text = decoder.decode(content, final=not content)
@@ -101,7 +101,7 @@ class TextFiles:
                     at, byte = position - pending + error.start, error.object[error.start]
                     raise ValueError(
                         f"{file} is not {self.encoding.upper()} text: byte {at:,} is 0x{byte:02x}; "
-                        "set data.encoding if it is another's"
+                        "set data.encoding if it has another one"
                     ) from None
                 if "\0" in text:
                     raise ValueError(f"{file} is binary, not text: it has a NUL character")
@@ -121,21 +121,21 @@ class TextFiles:
         if not isinstance(document, dict):
             raise ValueError(f"{where}: not a JSON object but {type(document).__name__}")
         if self.field not in document:
-            raise ValueError(f"{where}: there is no field {self.field!r} but {', '.join(map(repr, document))}")
+            raise ValueError(f"{where}: there is no field {self.field!r}, only {', '.join(map(repr, document))}")
         text = document[self.field]
         if not isinstance(text, str):
             raise ValueError(f"{where}: the field {self.field!r} is not text but {type(text).__name__}")
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
-            raise ValueError(f"{where}: half of a surrogate pair at character {error.start} is no text") from None
+            raise ValueError(f"{where}: half of a surrogate pair at character {error.start} is not text") from None
         return text.replace("\r\n", "\n").replace("\r", "\n") if self.newlines == "normalise" else text
 
 
 def files_at(path: str | list[str], suffixes: tuple[str, ...] = SUFFIXES) -> list[Path]:
-    """Return the files that a path names: itself, those in a folder with these suffixes, or what matches a glob.
+    """Return the files that a path names: itself, those in a folder with these suffixes, or those matching a glob.
 
-    Those of a folder or a glob are sorted. OSError or ValueError where there is nothing.
+    Files of a folder or a glob are sorted. OSError or ValueError if there are none.
     """
     if not isinstance(path, str):
         return [file for one in path for file in files_at(one, suffixes)]
@@ -143,24 +143,24 @@ def files_at(path: str | list[str], suffixes: tuple[str, ...] = SUFFIXES) -> lis
     if place.is_dir():
         found = sorted(file for file in place.rglob("*") if file.is_file() and ends_in(file, suffixes))
         if not found:
-            raise ValueError(f"{place} has no file that ends in {', '.join(suffixes)}, nor with .gz behind")
+            raise ValueError(f"{place} has no file that ends in {', '.join(suffixes)} (or these with .gz)")
         return found
     if not place.exists() and re.search(r"[*?[]", path):
         found = sorted(file for file in Path(place.anchor).glob(str(place.relative_to(place.anchor))) if file.is_file())
         if not found:
             raise ValueError(f"no file matches {path}")
         return found
-    place.stat()  # raises where there is nothing
+    place.stat()  # raises if there is no such file
     return [place]
 
 
 def ends_in(file: Path, suffixes: tuple[str, ...]) -> bool:
-    """Whether a file's name has one of the suffixes, with or without .gz behind."""
+    """Whether a file's name has one of the suffixes, .gz ignored."""
     return file.name.lower().removesuffix(".gz").endswith(suffixes)
 
 
-def lines(texts: Iterator[str]) -> Iterator[str]:
-    """Yield the lines of a text that comes in pieces, without the newlines."""
+def split_lines(texts: Iterator[str]) -> Iterator[str]:
+    """Yield the lines of a text in pieces, without the newlines."""
     begun: list[str] = []
     for text in texts:
         first, *others = text.split("\n")
@@ -172,10 +172,10 @@ def lines(texts: Iterator[str]) -> Iterator[str]:
 
 
 def download(url: str, sha256: str, folder: Path) -> Path:
-    """Return the file that a URL has, downloaded into the folder unless it is there already.
+    """Return a URL's file in a folder, downloaded if it is not there yet.
 
     Raises:
-        ValueError: it could not be fetched, or is not the file that it should be; nothing is left of it then.
+        ValueError: the download failed, or the file has another checksum; nothing is left of it then.
     """
     target = folder / "-".join(url.rstrip("/").split("/")[-2:])
     if target.is_file() and sha256_of(target) == sha256:
@@ -185,20 +185,20 @@ def download(url: str, sha256: str, folder: Path) -> Path:
     try:
         with partial.open("wb") as file, urllib.request.urlopen(url, timeout=30) as response:
             size = int(response.headers.get("Content-Length") or 0)
-            with progress(f"fetching {target.name}", size or None) as advance:
+            with progress(f"downloading {target.name}", size or None) as advance:
                 while content := response.read(1 << 16):
                     advance(file.write(content))
             if size and file.tell() != size:
                 raise ValueError(f"it ended after {file.tell():,} of {size:,} bytes")
         if (found := sha256_of(partial)) != sha256:
-            raise ValueError(f"its sha256 is {found} and should be {sha256}: it was changed on the way")
+            raise ValueError(f"its sha256 is {found} and should be {sha256}: the download was changed or damaged")
         partial.replace(target)
     except (OSError, ValueError, HTTPException) as error:
         if isinstance(error, HTTPError):
             error.close()  # it is the response
         by_hand = f"curl -L -o {shlex.quote(target.name)} {shlex.quote(url)}"
         raise ValueError(
-            f"{url} could not be fetched: {error}; fetch it by hand, {by_hand}, and set data.path={target.name}"
+            f"{url} could not be downloaded: {error}; download it by hand, {by_hand}, and set data.path={target.name}"
         ) from None
     finally:
         partial.unlink(missing_ok=True)

@@ -9,13 +9,13 @@ import numpy as np
 from language_model.data.text_files import files_at
 from language_model.terminal import progress
 
-CHUNK = 1 << 20  # tokens that are looked at in one go
+CHUNK = 1 << 20  # tokens read at a time
 
 
 class TokenFile:
-    """Token ids in a file, memory-mapped; numpy.asarray gives the array (N,), which is not read before it is used.
+    """Token ids in a file, memory-mapped; numpy.asarray gives the array (N,), whose parts are read when used.
 
-    Pickled it is the file's place: a worker process maps it anew.
+    Pickling stores only the path: a worker process maps the file itself.
     """
 
     def __init__(self, path: Path, dtype: str, header: int = 0) -> None:
@@ -24,7 +24,7 @@ class TokenFile:
         self.header = header  # bytes before the first token
         with path.open("rb") as file:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        if hasattr(mmap, "MADV_RANDOM"):  # else every page that is touched brings a hundred kilobytes around it
+        if hasattr(mmap, "MADV_RANDOM"):  # else each access reads 100 kB around it
             mapped.madvise(mmap.MADV_RANDOM)
         self._tokens = np.frombuffer(mapped, np.dtype(dtype).newbyteorder("<"), offset=header)
 
@@ -38,7 +38,7 @@ class TokenFile:
         return TokenFile, (self.path, self.dtype, self.header)
 
     def largest_id(self) -> int:
-        """Return the largest id; goes through the whole file."""
+        """Return the largest id, by reading the whole file."""
         with progress(f"checking {self.path.name}", self._tokens.nbytes) as advance:
             largest = 0
             for start in range(0, len(self), CHUNK):
@@ -48,7 +48,7 @@ class TokenFile:
         return largest
 
 
-LLM_C = {20240520: (1, "uint16"), 20240801: (7, "uint32")}  # the first number of a file: its version, what follows
+LLM_C = {20240520: (1, "uint16"), 20240801: (7, "uint32")}  # a file's first number: (version, dtype)
 
 
 def token_files(path: str | list[str]) -> list[TokenFile]:
@@ -57,7 +57,7 @@ def token_files(path: str | list[str]) -> list[TokenFile]:
 
 
 def token_file(path: Path) -> TokenFile:
-    """Return a file of nanoGPT's or llm.c's; ValueError if it is neither."""
+    """Return a token file of nanoGPT or llm.c; ValueError if it is neither."""
     size = path.stat().st_size
     if not size:
         raise ValueError(f"{path} is empty")

@@ -1,7 +1,7 @@
-"""Text to token ids and back: characters, bytes, byte pairs, or any tokenizer.json.
+"""Text to token ids and back: the interface of the tokenizers, and characters, bytes and plain ids.
 
-A tokenizer is made by a function of (texts, end_of_text): the training texts, which it may learn from, and whether it
-shall have a token that ends a document.
+A tokenizer is made by a function of (texts, end_of_text): the training texts, from which it may learn, and whether it
+needs a token that ends a document.
 """
 
 import hashlib
@@ -18,12 +18,12 @@ END_OF_TEXT = "<|endoftext|>"
 
 
 class Texts(Protocol):
-    """Text in pieces, which can be gone through again and again."""
+    """Text in pieces, which can be iterated several times."""
 
     num_characters: int
 
     def __iter__(self) -> Any:
-        """Start again at the first piece."""
+        """Start at the first piece."""
 
 
 class UnknownCharacterError(ValueError):
@@ -36,18 +36,18 @@ class UnknownCharacterError(ValueError):
         )
         self.character, self.position, self.known = character, position, known
 
-    def further(self, characters: int) -> Self:
-        """Return the error for a text that starts so many characters earlier."""
+    def shifted_by(self, characters: int) -> Self:
+        """Return the error for a text that starts this number of characters earlier."""
         return type(self)(self.character, self.position + characters, self.known)
 
 
 class Tokenizer(ABC):
-    """Text to token ids and back; what is encoded comes back the same, or is refused with a ValueError.
+    """Text to token ids and back. Decoding gives the encoded text unchanged; ValueError for text where it would not.
 
     Attributes:
         vocab_size: number of tokens V.
-        end_of_text: id of the token that ends a document; None where there is none. No text encodes to it.
-        token_bytes: (V,) int64, UTF-8 bytes that each token stands for; None where tokens stand for no text.
+        end_of_text: id of the token that ends a document; None without one. No text is encoded to it.
+        token_bytes: (V,) int64, the number of UTF-8 bytes of each token; None if tokens have no text.
     """
 
     vocab_size: int
@@ -64,29 +64,29 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def to_json(self) -> str:
-        """Return all there is to know of the tokenizer."""
+        """Return the tokenizer as JSON."""
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Return the ids of several texts, which stand one after the other."""
+        """Return the ids of each of several consecutive texts."""
         batch, before = [], 0
         for text in texts:
             try:
                 batch.append(self.encode(text))
             except UnknownCharacterError as error:
-                raise error.further(before) from None
+                raise error.shifted_by(before) from None
             before += len(text)
         return batch
 
     def save(self, path: Path) -> None:
-        """Write the tokenizer to a JSON file, which `load` reads."""
+        """Write the tokenizer to a JSON file, which `load_tokenizer` reads."""
         path.write_text(self.to_json() + "\n", encoding="utf-8")
 
     @property
     def fingerprint(self) -> str:
-        """A short name that two tokenizers share only if they are the same."""
+        """A short hash: equal only for equal tokenizers."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()[:16]
 
-    def checked(self, ids: Iterable[int]) -> list[int]:
+    def check_ids(self, ids: Iterable[int]) -> list[int]:
         """Return the ids as a list; ValueError for one that is not a token."""
         ids = [int(i) for i in ids]
         for i in ids:
@@ -96,7 +96,7 @@ class Tokenizer(ABC):
 
 
 class CharTokenizer(Tokenizer):
-    """One token per character (Unicode code point) of an alphabet, in sorted order, as the chapter does it."""
+    """One token per character (Unicode code point) of an alphabet, in sorted order, as in the chapter."""
 
     def __init__(self, alphabet: Iterable[str], end_of_text: bool = False) -> None:
         self.characters = sorted(set(alphabet))
@@ -106,19 +106,19 @@ class CharTokenizer(Tokenizer):
         self.token_bytes = np.array([len(c.encode("utf-8", "surrogatepass")) for c in self.characters], np.int64)
         if end_of_text:
             self.token_bytes = np.append(self.token_bytes, 0)
-        self._ids = np.full(int(points.max(initial=0)) + 2, -1, np.int32)  # by code point; the last: any beyond
+        self._ids = np.full(int(points.max(initial=0)) + 2, -1, np.int32)  # by code point
         self._ids[points] = np.arange(len(points))
 
     @classmethod
     def from_texts(cls, texts: Texts, end_of_text: bool) -> Self:
-        """Make a tokenizer of the characters that the texts have."""
+        """Return the tokenizer of the characters in the texts."""
         seen = np.zeros(0x110000, bool)
         for text in texts:
             seen[code_points(text)] = True
         return cls(map(chr, np.flatnonzero(seen)), end_of_text)
 
     def encode(self, text: str) -> np.ndarray:
-        """Return one id per character; ValueError names a character outside the alphabet and where it stands."""
+        """Return one id per character; ValueError names a character outside the alphabet and its position."""
         ids = self._ids[np.minimum(code_points(text), len(self._ids) - 1)]
         if len(ids) and ids.min() < 0:
             position = int((ids < 0).argmax())
@@ -127,10 +127,10 @@ class CharTokenizer(Tokenizer):
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of the ids; ValueError for an id that is not a token."""
-        return "".join(END_OF_TEXT if i == self.end_of_text else self.characters[i] for i in self.checked(ids))
+        return "".join(END_OF_TEXT if i == self.end_of_text else self.characters[i] for i in self.check_ids(ids))
 
     def to_json(self) -> str:
-        """Return all there is to know of the tokenizer."""
+        """Return the tokenizer as JSON."""
         content = {"type": "char", "characters": self.characters, "end_of_text": self.end_of_text is not None}
         return json.dumps(content, ensure_ascii=any("\ud800" <= c <= "\udfff" for c in self.characters))
 
@@ -141,7 +141,7 @@ def code_points(text: str) -> np.ndarray:
 
 
 class ByteTokenizer(Tokenizer):
-    """The 256 bytes of UTF-8: takes every text, learns nothing."""
+    """One token per byte of UTF-8: encodes every text, learns nothing."""
 
     def __init__(self, end_of_text: bool = False) -> None:
         self.vocab_size = 256 + end_of_text
@@ -150,7 +150,7 @@ class ByteTokenizer(Tokenizer):
 
     @classmethod
     def from_texts(cls, texts: Texts, end_of_text: bool) -> Self:
-        """Make the tokenizer, whatever the texts."""
+        """Return the tokenizer; the texts do not matter."""
         return cls(end_of_text)
 
     def encode(self, text: str) -> np.ndarray:
@@ -158,17 +158,17 @@ class ByteTokenizer(Tokenizer):
         return np.frombuffer(text.encode("utf-8"), np.uint8)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Return the text of the ids; bytes that are no UTF-8 become U+FFFD. ValueError for an id that is no token."""
+        """Return the text of the ids, with U+FFFD for invalid UTF-8; ValueError for an id that is not a token."""
         marker = END_OF_TEXT.encode()
-        return b"".join(marker if i == 256 else bytes([i]) for i in self.checked(ids)).decode("utf-8", "replace")
+        return b"".join(marker if i == 256 else bytes([i]) for i in self.check_ids(ids)).decode("utf-8", "replace")
 
     def to_json(self) -> str:
-        """Return all there is to know of the tokenizer."""
+        """Return the tokenizer as JSON."""
         return json.dumps({"type": "byte", "end_of_text": self.end_of_text is not None})
 
 
 class IdTokenizer(Tokenizer):
-    """For token files whose tokenizer is not at hand: an id reads as its number."""
+    """For token files without their tokenizer: the text of an id is its number."""
 
     def __init__(self, vocab_size: int) -> None:
         self.vocab_size = vocab_size
@@ -176,23 +176,23 @@ class IdTokenizer(Tokenizer):
         self.token_bytes = None
 
     def encode(self, text: str) -> np.ndarray:
-        """Return the ids that a text of numbers lists."""
+        """Return the ids listed in a text of numbers."""
         try:
-            return np.array(self.checked(map(int, text.split())), np.int64)
+            return np.array(self.check_ids(map(int, text.split())), np.int64)
         except ValueError as error:
-            raise ValueError(f"a text of token ids (0 to {self.vocab_size - 1}) is needed: {error}") from None
+            raise ValueError(f"the text must be token ids (0 to {self.vocab_size - 1}): {error}") from None
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Return the numbers, a space before each."""
-        return "".join(f" {i}" for i in self.checked(ids))
+        """Return the numbers, each after a space."""
+        return "".join(f" {i}" for i in self.check_ids(ids))
 
     def to_json(self) -> str:
-        """Return all there is to know of the tokenizer."""
+        """Return the tokenizer as JSON."""
         return json.dumps({"type": "ids", "vocab_size": self.vocab_size})
 
 
 def id_tokenizer(texts: Any, end_of_text: bool, vocab_size: PositiveInt | None = None) -> IdTokenizer:
-    """Return the tokenizer of token files: as many tokens as said, or as the largest id needs."""
+    """Return the tokenizer of token files, with `vocab_size` tokens; None for the largest id plus one."""
     if not hasattr(texts, "largest_id"):
         raise ValueError("tokenizer=ids is for data=bin; text needs another")
     return IdTokenizer(texts.largest_id + 1 if vocab_size is None else vocab_size)

@@ -8,7 +8,7 @@ from language_model.data.tokenizer import ByteTokenizer, CharTokenizer, IdTokeni
 
 
 def tokenizer_from_file(texts: Texts, end_of_text: bool, path: str) -> Tokenizer:
-    """Return the tokenizer in a tokenizer.json, a run's or one of the tokenizers library's."""
+    """Return the tokenizer in a file, as `load_tokenizer`; ValueError if it lacks the end-of-text token it needs."""
     tokenizer = load_tokenizer(Path(path))
     if end_of_text and tokenizer.end_of_text is None:
         raise ValueError(f"{path}: the tokenizer has no token that ends a document; set data.end_of_text=false")
@@ -16,7 +16,7 @@ def tokenizer_from_file(texts: Texts, end_of_text: bool, path: str) -> Tokenizer
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """Return the tokenizer that `save`, or the tokenizers library, wrote; ValueError for any other file."""
+    """Return the tokenizer in a file by `Tokenizer.save` or the tokenizers library; ValueError for any other."""
     try:
         text = path.read_text(encoding="utf-8")
         content = json.loads(text)
@@ -30,7 +30,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
     except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError):
         kind = None
     if kind != "bpe":
-        raise ValueError(f"{path} is not a tokenizer: a tokenizer.json of a run or of the tokenizers library is needed")
+        raise ValueError(f"{path} is not a tokenizer: give a tokenizer.json of a run or of the tokenizers library")
     try:
         return BPETokenizer(text)
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""From tokens to shifted windows, and the order in which training takes them."""
+"""Tokens to shifted windows, and the order of the windows in training."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -11,7 +11,7 @@ from torch.utils.data import Dataset, Sampler
 
 from language_model.data.token_files import TokenFile
 
-IGNORED = -100  # the target that counts in no loss: cross_entropy's default ignore_index
+IGNORE_INDEX = -100  # targets with this value count in no loss (cross_entropy's default)
 
 Tokens = np.ndarray | TokenFile
 
@@ -19,8 +19,8 @@ Tokens = np.ndarray | TokenFile
 class Windows(Dataset[tuple[Tensor, Tensor]]):
     """Every window of token sequences as a pair (inputs, targets), the targets shifted by one, each (seq_len,) int64.
 
-    Window i of the first sequence starts at its token i, so there are len(tokens) - seq_len of them; those of the
-    next follow. Tokens are read when a window is asked for.
+    Window i of a sequence starts at its token i, so it has len(tokens) - seq_len windows; the next sequence's follow.
+    Tokens are read when a window is accessed.
     """
 
     def __init__(self, parts: Sequence[Tokens], seq_len: int) -> None:
@@ -54,9 +54,9 @@ class Windows(Dataset[tuple[Tensor, Tensor]]):
 
 
 class WindowsInOrder(Windows):
-    """Windows that do not overlap and predict each token but a sequence's first once, in order.
+    """Windows without overlap, in order: each token but a sequence's first is predicted once.
 
-    The last one of a sequence is filled up; what was filled in has the target IGNORED.
+    The last window of a sequence is padded; padding has the target IGNORE_INDEX.
     """
 
     def __init__(self, parts: Sequence[Tokens], seq_len: int) -> None:
@@ -66,7 +66,7 @@ class WindowsInOrder(Windows):
 
     def __getitems__(self, indices: np.ndarray) -> tuple[Tensor, Tensor]:
         """Gather a whole batch at once: indices (B,) -> inputs, targets, each (B, seq_len)."""
-        batch = np.full((len(indices), self.seq_len + 1), IGNORED, np.int64)
+        batch = np.full((len(indices), self.seq_len + 1), IGNORE_INDEX, np.int64)
         which = np.searchsorted(self.ends, indices, side="right")
         for row, i, index in zip(batch, which, indices, strict=True):
             start = (index - (self.ends[i - 1] if i else 0)) * self.seq_len
@@ -77,29 +77,29 @@ class WindowsInOrder(Windows):
 
 
 def permuted(positions: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
-    """Return what stands at these positions of a permutation of 0 to n - 1: int64, of the same shape.
+    """Return the values at these positions of a permutation of 0 to n - 1: int64, of the same shape.
 
-    The permutation is a function of (n, keys), and only what is asked for is computed: a Feistel network on pairs
-    (left, right) of numbers, with as many rounds as keys; what falls outside 0 to n - 1 goes through it again
-    (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002).
+    The permutation is a function of (n, keys), and only these values are computed: by a Feistel network on pairs
+    (left, right) of numbers, one round for each key. Values outside 0 to n - 1 go through the network again (Black and
+    Rogaway, "Ciphers with Arbitrary Finite Domains", 2002).
     """
-    sizes = (math.isqrt(n - 1) + 1, -(-n // (math.isqrt(n - 1) + 1)))  # of left and right: their product is just >= n
+    sizes = (math.isqrt(n - 1) + 1, -(-n // (math.isqrt(n - 1) + 1)))  # of left and right; their product is at least n
 
-    def once(numbers: np.ndarray) -> np.ndarray:
+    def feistel(numbers: np.ndarray) -> np.ndarray:
         halves = list(np.divmod(numbers, sizes[1]))
         for i, key in enumerate(keys):
             this, other = i % 2, 1 - i % 2
-            halves[this] = (halves[this] + hashed(halves[other], key) % sizes[this]) % sizes[this]
+            halves[this] = (halves[this] + splitmix64(halves[other], key) % sizes[this]) % sizes[this]
         return halves[0] * sizes[1] + halves[1]
 
-    result = once(np.asarray(positions, np.uint64))
+    result = feistel(np.asarray(positions, np.uint64))
     while (outside := result >= n).any():
-        result[outside] = once(result[outside])
+        result[outside] = feistel(result[outside])
     return result.astype(np.int64)
 
 
-def hashed(numbers: np.ndarray, key: np.uint64) -> np.ndarray:
-    """Return a number for each, uint64: the last steps of SplitMix64 (Steele, Lea and Flood 2014)."""
+def splitmix64(numbers: np.ndarray, key: np.uint64) -> np.ndarray:
+    """Return a hash of each number, uint64: the last steps of SplitMix64 (Steele, Lea and Flood 2014)."""
     x = numbers + key
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -107,11 +107,11 @@ def hashed(numbers: np.ndarray, key: np.uint64) -> np.ndarray:
 
 
 class ShuffledBatches(Sampler[np.ndarray]):
-    """The starts (B,) of each training batch's windows, one epoch at a time, the last partial batch dropped.
+    """The window indices (B,) of each training batch, one epoch at a time, without the last partial batch.
 
-    Windows stand `stride` tokens apart, from an offset drawn anew each epoch. The order is a function of
-    (seed, epoch) alone; of every world_size batches, each rank takes the one with its number. A resumed epoch begins
-    with the batch after those that are `done`.
+    Windows start `stride` tokens apart, from an offset that is random in each epoch. The order is a function of
+    (seed, epoch) alone. Of every `world_size` batches, the process `rank` takes the one with its number. A resumed
+    epoch starts after the batches that are `done`.
     """
 
     def __init__(
@@ -125,7 +125,7 @@ class ShuffledBatches(Sampler[np.ndarray]):
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        self.num_windows = num_starts // stride  # as many from every offset
+        self.num_windows = num_starts // stride  # the same number from every offset
         self.stride = stride
         self.batch_size = batch_size
         self.seed = seed
@@ -142,15 +142,15 @@ class ShuffledBatches(Sampler[np.ndarray]):
 
     def __iter__(self) -> Iterator[np.ndarray]:
         offset, *keys = np.random.SeedSequence((self.seed, self.epoch())).generate_state(9, np.uint64)
-        at_once = max(1, 4096 // self.batch_size)  # batches whose windows are drawn in one go
-        for first in range(self.done(), len(self), at_once):
-            batches = np.arange(first, min(first + at_once, len(self))) * self.world_size + self.rank
+        chunk = max(1, 4096 // self.batch_size)  # batches that are computed together
+        for first in range(self.done(), len(self), chunk):
+            batches = np.arange(first, min(first + chunk, len(self))) * self.world_size + self.rank
             positions = batches[:, None] * self.batch_size + np.arange(self.batch_size)
             yield from int(offset % self.stride) + self.stride * permuted(positions, self.num_windows, np.array(keys))
 
 
 def check_training(num_tokens: int, seq_len: int) -> None:
-    """Raise ValueError for too few tokens for one window."""
+    """Raise ValueError if there are too few tokens for one window."""
     if num_tokens <= seq_len:
         raise ValueError(
             f"{num_tokens:,} tokens are too few for one window of seq_len={seq_len} and its shifted target: "
@@ -159,7 +159,7 @@ def check_training(num_tokens: int, seq_len: int) -> None:
 
 
 def check_validation(num_tokens: int, what: str) -> None:
-    """Raise ValueError for too few tokens for one prediction."""
+    """Raise ValueError if there are too few tokens for one prediction."""
     if num_tokens < 2:
         raise ValueError(
             f"{what} has too few tokens, {num_tokens}: at least 2 are needed, one to predict from the other"

@@ -1,4 +1,4 @@
-"""Sampling: tokens that a network finds likely after others."""
+"""Sampling: new tokens from the probabilities that a network gives."""
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
@@ -8,9 +8,9 @@ from torch import Tensor
 
 
 class Network(Protocol):
-    """What can be sampled from: (1, T) int64 -> logits (1, T, V), for T up to max_seq_len.
+    """A network to sample from: (1, T) int64 -> logits (1, T, V), for T up to max_seq_len.
 
-    If it has a `new_cache`, as GPT has, it is called with a cache too, and then with the new tokens only.
+    If it has `new_cache`, as GPT has, it is also called with a cache, and then with the new tokens only.
     """
 
     max_seq_len: int
@@ -32,35 +32,27 @@ def generate(
     end_of_text: int | None = None,
     use_cache: bool = True,
 ) -> Iterator[int]:
-    """Yield up to max_new_tokens ids, each drawn after all before it.
+    """Yield up to `max_new_tokens` ids, each sampled given all before it; the network should be in eval mode.
 
-    The draw has a generator of its own, so that it changes no other random state. The network sees the last
-    `max_seq_len` tokens, and should be in eval mode. Until there are so many, keys and values are cached; from then on
-    each new token moves all positions, and all is computed anew.
+    The network sees the last `max_seq_len` tokens. Keys and values are cached until the text is longer than that; then
+    each new token shifts all positions, and everything is computed again. No other random state is changed.
 
     Args:
         network: the network to sample from.
         tokens: the prompt, (T,) int64 with T >= 1, on the network's device.
-        max_new_tokens: how many tokens to draw.
-        temperature: divides the logits; below 1 is safer, above 1 wilder, 0 takes the likeliest token.
-        top_k: draw from the k likeliest tokens only; None for all.
-        top_p: draw from the likeliest tokens that together have this probability (arXiv:1904.09751); None for all.
-        seed: the same seed draws the same tokens.
-        vocab_size: how many of the network's V tokens there are, when it has more to be a round number; None for V.
-        end_of_text: the token after which to stop, itself not yielded; None to go on.
-        use_cache: False computes everything anew for each token: slower, and the same.
+        max_new_tokens: number of tokens.
+        temperature: divides the logits; 0 takes the most likely token.
+        top_k: sample from the k most likely tokens only; None for all.
+        top_p: sample from the most likely tokens with this total probability (arXiv:1904.09751); None for all.
+        seed: the same seed gives the same tokens.
+        vocab_size: number of real tokens, if the network's V is padded; None for V.
+        end_of_text: stop at this token, without yielding it; None never to stop.
+        use_cache: False computes everything again for each token: slower, with the same result.
 
     Raises:
-        ValueError: an empty prompt, a negative temperature, top_k below 1, or top_p not above 0 and up to 1.
+        ValueError: an empty prompt, a negative temperature, top_k below 1, or top_p outside (0, 1].
     """
-    if tokens.numel() == 0:
-        raise ValueError("the prompt is empty; at least one token is needed")
-    if temperature < 0:
-        raise ValueError(f"temperature={temperature} is negative; 0 takes the likeliest token")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k={top_k} leaves no token; allowed: 1 and up, or null for all")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p={top_p} is no probability; allowed: above 0, up to 1, or null for all")
+    check_sampling(tokens, temperature, top_k, top_p)
     generator = torch.Generator().manual_seed(seed)
     cache = network.new_cache() if use_cache and hasattr(network, "new_cache") else None
     for _ in range(max_new_tokens):
@@ -75,8 +67,20 @@ def generate(
         tokens = torch.cat((tokens, tokens.new_tensor([token])))
 
 
+def check_sampling(tokens: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> None:
+    """Raise ValueError for settings that cannot be sampled with."""
+    if tokens.numel() == 0:
+        raise ValueError("the prompt is empty; at least one token is needed")
+    if temperature < 0:
+        raise ValueError(f"temperature={temperature} is negative; 0 takes the most likely token")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k={top_k} leaves no token; allowed: 1 and up, or null for all")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p={top_p} is no probability; allowed: above 0, up to 1, or null for all")
+
+
 def stream_decode(decode: Callable[[list[int]], str], ids: Iterable[int]) -> Iterator[str]:
-    """Yield the text of ids as they come, a character that takes several tokens when it is whole."""
+    """Yield the text of ids as they arrive; a character of several tokens when it is complete."""
     pending: list[int] = []
     for token in ids:
         pending.append(token)
@@ -91,7 +95,7 @@ def stream_decode(decode: Callable[[list[int]], str], ids: Iterable[int]) -> Ite
 def sample_token(
     logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator
 ) -> int:
-    """Draw a token from logits (V,)."""
+    """Sample a token from logits (V,)."""
     if temperature == 0:
         return int(logits.argmax())
     if top_k is not None and top_k < len(logits):

@@ -1,14 +1,14 @@
-"""A GPT in one file, read top to bottom: parts, attention, feed-forward, block, network.
+"""A GPT in one file: network, block, attention, feed-forward, and their parts.
 
-The defaults are GPT-2's parts. The others are switches of the same network:
+The defaults are GPT-2's parts. The options are:
 
-- ``position``: ``learned`` embeddings added to the tokens', or ``rotary`` (arXiv:2104.09864): queries and keys turned
+- ``position``: ``learned`` embeddings added to the tokens', or ``rotary`` (arXiv:2104.09864): rotated queries and keys
 - ``norm``: ``layernorm`` or ``rmsnorm`` (arXiv:1910.07467)
 - ``activation``: ``gelu`` (its tanh form, as GPT-2), ``relu2`` (arXiv:2109.08668) or ``swiglu`` (arXiv:2002.05202)
-- ``qk_norm``: queries and keys normalised before they meet (arXiv:2010.04245)
+- ``qk_norm``: queries and keys are normalised before their product (arXiv:2010.04245)
 - ``bias``: bias vectors in the linear and layernorm layers
-- ``tie_embeddings``: one matrix embeds tokens and reads them out (arXiv:1608.05859)
-- ``zero_init``: projections that write to the residual stream start at zero, so each block starts as the identity
+- ``tie_embeddings``: one matrix embeds the tokens and gives the logits (arXiv:1608.05859)
+- ``zero_init``: projections into the residual stream start at zero, so each block starts as the identity
 
 Shapes: B batch, T time, C channels (d_model), H heads, D head size (C / H), V vocabulary.
 """
@@ -26,20 +26,20 @@ Probability = Annotated[float, Field(ge=0, lt=1)]
 
 
 class GPT(nn.Module):
-    """Tokens in, scores for each next token out: (B, T) int64 -> logits (B, T, V).
+    """Tokens (B, T) int64 -> logits (B, T, V) of each next token.
 
     Args:
         vocab_size: number of tokens V.
         d_model: width C of the residual stream.
         n_heads: attention heads H; divides d_model.
         n_layers: blocks.
-        d_ff: hidden width of the feed-forward layer (of each half of it for swiglu).
-        max_seq_len: longest sequence T, in tokens.
-        dropout: probability of dropping a value, after the embedding, in attention, and at each block's two outputs.
+        d_ff: hidden width of the feed-forward layer (for swiglu, of each half).
+        max_seq_len: largest T, in tokens.
+        dropout: probability, after the embedding, in attention, and at each block's two outputs.
         attention: ``unfused``, in single operations, or ``fused``, by torch's kernel; None for fused.
 
     Raises:
-        ValueError: n_heads does not divide d_model, or rotary positions meet an odd head size.
+        ValueError: n_heads does not divide d_model, or the head size is odd with rotary positions.
     """
 
     def __init__(
@@ -89,9 +89,9 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, zero_init: bool) -> None:
-        """GPT-2's start: normal with standard deviation 0.02, 0.02 / sqrt(2 n_layers) where residuals add up.
+        """Initialise as GPT-2: normal, standard deviation 0.02, for residual projections 0.02 / sqrt(2 n_layers).
 
-        With zero_init these projections, and an untied head, start at zero instead.
+        With zero_init, these projections and an untied head start at zero.
         """
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
@@ -108,7 +108,7 @@ class GPT(nn.Module):
     def forward(self, tokens: Tensor, cache: "Cache | None" = None) -> Tensor:
         """Map tokens (B, T) int64 to logits (B, T, V); ValueError for more than max_seq_len tokens.
 
-        With a cache the tokens stand behind those that went through it before, and are added to it.
+        With a cache, the tokens follow those that are in it, and are added to it.
         """
         start = cache.length if cache else 0
         end = start + tokens.shape[1]
@@ -129,10 +129,10 @@ class GPT(nn.Module):
         return self.head(self.norm(x))
 
     def compile_for_training(self, **options: Any) -> None:
-        """Have a block's training pass compiled (see torch.compile for the options), once for all blocks.
+        """Compile the training pass of a block, once for all blocks; `options` are torch.compile's.
 
-        Validation and generation, where shapes vary, go through the blocks as they are; so do the embeddings, whose
-        compiled gradient is not the same at each run.
+        Validation and generation, where shapes vary, are not compiled, nor are the embeddings, whose compiled gradient
+        differs from run to run.
         """
 
         def train(block: Block, x: Tensor) -> Tensor:
@@ -141,21 +141,21 @@ class GPT(nn.Module):
         self._train_block = torch.compile(train, **options)
 
     def flops_per_token(self, seq_len: int) -> int:
-        """Return the operations of a training step for each token of sequences of `seq_len`: 6 N + 12 L C T.
+        """Return the operations of a training step per token, for sequences of T = `seq_len`: 6 N + 12 L C T.
 
-        N counts the weights that tokens are multiplied with (PaLM, arXiv:2204.02311, appendix B): all but embeddings
-        that are looked up, and vectors. Attention counts in full, though half of it is masked, as is usual.
+        N is the number of weights in matrix products (PaLM, arXiv:2204.02311, appendix B), so without embeddings and
+        vectors. Attention counts in full, though half of it is masked, as is usual.
         """
         matrices = [module.weight for module in self.modules() if isinstance(module, nn.Linear)]
         return 6 * sum(weight.numel() for weight in matrices) + 12 * len(self.blocks) * self.head.in_features * seq_len
 
     def new_cache(self) -> "Cache":
-        """Return an empty cache, for generating token by token."""
+        """Return an empty cache, for sampling token by token."""
         return Cache(len(self.blocks))
 
 
 class Cache:
-    """The keys and values of the tokens that a network has seen, for each block, so that they are computed once."""
+    """The keys and values of earlier tokens in each block, so that they are computed once."""
 
     def __init__(self, n_layers: int) -> None:
         self.length = 0  # tokens in it
@@ -172,7 +172,7 @@ class CachedLayer:
         self.length = 0
 
     def add(self, k: Tensor, v: Tensor, max_seq_len: int) -> tuple[Tensor, Tensor]:
-        """Add k and v (B, H, T, D); return all there are (B, H, length, D)."""
+        """Add k and v (B, H, T, D); return all of them (B, H, length, D)."""
         if self.length == 0:
             B, H, _, D = k.shape
             self.keys, self.values = k.new_empty(2, B, H, max_seq_len, D).unbind(0)
@@ -237,7 +237,7 @@ class Attention(nn.Module):
             self.register_buffer("rotation", rotary_angles(max_seq_len, d_model // n_heads), persistent=False)
 
     def forward(self, x: Tensor, cached: CachedLayer | None = None) -> Tensor:
-        """(B, T, C) -> (B, T, C); position t sees positions 0 to t only, and what is cached before them."""
+        """(B, T, C) -> (B, T, C); position t sees cached positions and 0 to t only."""
         B, T, C = x.shape
         start = cached.length if cached else 0
         qkv = self.qkv(x).view(B, T, 3, self.n_heads, C // self.n_heads)
@@ -253,7 +253,7 @@ class Attention(nn.Module):
             mask = self.causal_mask[start : start + T, : start + T].to(q.dtype)
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         elif self.unfused:
-            # Autocast would have the softmax in float32, which computes in float32 anyway: only copies would be added.
+            # Softmax computes in float32 anyway; autocast would only add copies.
             with torch.autocast(x.device.type, enabled=False):
                 mask = self.causal_mask[:T, :T].to(q.dtype)
                 q, k = q.flatten(0, 1), k.flatten(0, 1)  # (B H, T, D)
@@ -266,7 +266,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """The two (for swiglu three) matrices that treat each position by itself."""
+    """Two matrices (for swiglu three) applied to each position by itself."""
 
     def __init__(self, d_model: int, d_ff: int, activation: str, bias: bool) -> None:
         super().__init__()
@@ -281,7 +281,7 @@ class FeedForward(nn.Module):
             x = F.gelu(x, approximate="tanh")
         elif self.activation == "relu2":
             x = F.relu(x)
-            x = x * x  # whose gradient costs half of square's on a CPU
+            x = x * x  # on a CPU, its gradient takes half the time of square's
         else:
             gate, value = x.chunk(2, dim=-1)
             x = F.silu(gate) * value
@@ -289,14 +289,14 @@ class FeedForward(nn.Module):
 
 
 class Dropout(nn.Dropout):
-    """``nn.Dropout`` with masks at a third of the cost on a CPU, where drawing them is a third of a small model's step.
+    """``nn.Dropout`` with masks at a third of the cost on a CPU, where they are a third of a small model's step.
 
-    One 64-bit draw decides for eight values, so the probability is p rounded to a multiple of 1/256, though never to
-    0 or 1; what stays is scaled by exactly the inverse of the probability of staying.
+    One random 64-bit number decides for eight values, so p is rounded to a multiple of 1/256, though never to 0 or 1.
+    Kept values are scaled by exactly the inverse of the probability of being kept.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """Any shape in, the same shape out; the identity in eval mode."""
+        """Any shape -> the same shape; the identity in eval mode."""
         if not self.training or self.p == 0 or x.device.type != "cpu":
             return super().forward(x)
         dropped = min(max(1, round(self.p * 256)), 255)  # of the 256 equally likely values of a byte
@@ -318,7 +318,7 @@ def rotary_angles(max_seq_len: int, head_size: int) -> Tensor:
 
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """Turn each pair (x[i], x[i + D/2]) of x (B, H, T, D) by its position's angle."""
+    """Rotate each pair (x[i], x[i + D/2]) of x (B, H, T, D) by its position's angle."""
     cos, sin = rotation.to(x.dtype)
     x1, x2 = x.chunk(2, dim=-1)
     return torch.cat((x1 * cos - x2 * sin, x1 * sin + x2 * cos), dim=-1)

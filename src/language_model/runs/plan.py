@@ -115,7 +115,7 @@ def make_plan(config: DictConfig, typed: Sequence[str]) -> Plan:
     module = build_module(config, network, data)
     if "sample" in callbacks:
         with errors_for_key("callbacks.sample.prompt"):
-            data.tokenizer.encode(callbacks["sample"].prompt or data.opening)
+            data.tokenizer.encode(callbacks["sample"].prompt or data.default_prompt)
 
     run = Plan(config, overrides, folder, data, module, callbacks, trainer, steps, previous, folder_is_new)
     check_resume(run)

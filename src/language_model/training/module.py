@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from language_model.data.tokenizer import Tokenizer
-from language_model.data.windows import IGNORED
+from language_model.data.windows import IGNORE_INDEX
 
 CHECKPOINT_FORMAT = 1  # to be raised when checkpoints change so that `load_run` must distinguish them
 Batch = tuple[Tensor, Tensor]
@@ -28,7 +28,7 @@ class LanguageModel(L.LightningModule):
       token), ``lr``, and ``train/grad_norm`` (before clipping)
     - at the end of an epoch: ``train/loss_epoch``, the mean over its batches
     - after a validation, over all tokens of the split: ``val/loss``, ``val/perplexity`` = exp(val/loss), and
-      ``val/bits_per_byte``, the loss in bits divided by the bytes that the predicted tokens stand for, which can be
+      ``val/bits_per_byte``, the summed loss in bits divided by the bytes of the predicted tokens, which can be
       compared between tokenizers
 
     Args:
@@ -79,7 +79,7 @@ class LanguageModel(L.LightningModule):
         """Return the mean cross-entropy of a batch, in nats a token."""
         inputs, targets = batch
         cross_entropy = self._train_loss if self.training else F.cross_entropy
-        return cross_entropy(self(inputs).flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
+        return cross_entropy(self(inputs).flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the loss of a batch."""
@@ -153,7 +153,7 @@ class LanguageModel(L.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Add a batch to the split's mean loss, weighted by its tokens."""
-        targets = batch[1][batch[1] != IGNORED]
+        targets = batch[1][batch[1] != IGNORE_INDEX]
         self._val_loss.add(self.loss(batch), targets.numel())
         if self.token_bytes is not None:
             self._val_bytes = self._val_bytes + self.token_bytes[targets].sum()

@@ -61,7 +61,7 @@ class Sample(Callback):
 
     def _write_sample(self, trainer: L.Trainer, pl_module: Any) -> None:
         data: Any = trainer.datamodule
-        self.text = self.generate_sample(pl_module.network, data.tokenizer, self.prompt or data.opening)
+        self.text = self.generate_sample(pl_module.network, data.tokenizer, self.prompt or data.default_prompt)
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
                 logger.experiment.add_text("sample", f"```\n{self.text}\n```", trainer.global_step)
