@@ -16,7 +16,7 @@ test: $(VENV)/installed-dev  ## install, then run the tests with coverage
 	$(BIN)/python -m pytest --numprocesses auto --cov $(args)
 
 test-slow: $(VENV)/installed-dev  ## the tests that take minutes
-	$(BIN)/python -m pytest -m slow $(args)
+	$(BIN)/python -m pytest --numprocesses auto -m slow $(args)
 
 lint: $(VENV)/installed-dev  ## lint, format check, types
 	$(BIN)/ruff check .

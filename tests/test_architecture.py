@@ -51,3 +51,10 @@ def test_files_and_functions_stay_short() -> None:
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef):
                 assert node.end_lineno - node.lineno < 45, f"{module}.py: {node.name} has over 45 lines"
+
+
+def test_the_design_page_names_every_module() -> None:
+    page = (PACKAGE.parents[1] / "docs" / "design.md").read_text("utf-8")
+    for module in MODULES:
+        name = module.removesuffix("/__init__").split("/")[-1]
+        assert name in page, f"docs/design.md does not name {module}"

@@ -245,7 +245,7 @@ def explain_error(error: Exception, config_name: str, arguments: list[str]) -> s
         group, _, choice = error.missing_cfg_file.rpartition("/")
         if choice in LAUNCHERS:
             return f"hydra/launcher={choice}: not installed; pip install {LAUNCHERS[choice]}"
-        options = error.options or []
+        options = error.options or [file.stem for file in (ROOT / "conf" / group).glob("*.yaml")]
         return f"{group}={choice}: there is no such file in conf/{group}; choose from {', '.join(sorted(options))}"
     unknown = re.search(r"Could not override '([^']+)'", str(error))
     if not unknown:
