@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+# Tests run side by side, one thread each.
+WORKERS := --numprocesses auto --maxprocesses 8 --dist worksteal
 
 .PHONY: help train test test-slow lint check format tensorboard benchmark pictures constraints clean
 
@@ -13,10 +15,10 @@ train: $(VENV)/installed  ## install, then train the chapter's model (args="..."
 	$(BIN)/python scripts/train.py $(args)
 
 test: $(VENV)/installed-dev  ## install, then run the tests with coverage
-	$(BIN)/python -m pytest --numprocesses auto --cov $(args)
+	$(BIN)/python -m pytest $(WORKERS) --cov $(args)
 
 test-slow: $(VENV)/installed-dev  ## the tests that take minutes
-	$(BIN)/python -m pytest --numprocesses auto -m slow $(args)
+	$(BIN)/python -m pytest $(WORKERS) -m slow $(args)
 
 lint: $(VENV)/installed-dev  ## lint, format check, types
 	$(BIN)/ruff check .
@@ -35,7 +37,10 @@ tensorboard: $(VENV)/installed  ## look at every run and sweep
 benchmark: $(VENV)/installed  ## measure speed against the goals in docs/benchmark.md
 	$(BIN)/python scripts/benchmarks/goals.py $(args)
 
-constraints:  ## make constraints.txt anew from the newest versions that pyproject.toml allows
+pictures: $(VENV)/installed  ## make the pictures in docs (needs Chromium and chromedriver)
+	$(BIN)/python scripts/pictures.py
+
+constraints:  ## rewrite constraints.txt with the newest versions that pyproject.toml allows
 	rm -rf .venv-constraints && $(PYTHON) -m venv .venv-constraints
 	.venv-constraints/bin/python -m pip install torch==2.13.0 -e ".[dev]"
 	{ echo "# The complete set that was tested; made by 'make constraints'."; \

@@ -1,6 +1,6 @@
-"""Is a difference between the settings of a sweep real? A confidence interval and a verdict for each.
+"""Test whether differences between the settings of a sweep are real: a confidence interval and a verdict for each.
 
-`python scripts/compare.py sweep=my_sweep by=model.position`; `--help` shows all that can be set.
+`python scripts/compare.py sweep=my_sweep by=model.position`; `--help` shows every key.
 """
 
 from pathlib import Path
@@ -29,42 +29,46 @@ KEYS = {
 
 @entry_point("compare")
 def main(config: DictConfig) -> None:
-    """Print the comparisons as a table, and keep them as JSON and as a picture."""
-    as_dict(config)  # says what is missing
+    """Print the comparisons as a table, and save them as JSON and as a plot."""
+    as_dict(config)  # raises ConfigError for a missing value
     check_values(config, KEYS)
     setup_logging()
-    folder = next(
-        (f for f in (Path(str(config.sweep)), SWEEPS / str(config.sweep)) if (f / "sweep.json").is_file()), None
-    )
-    if folder is None:
-        names = [file.parent.name for file in SWEEPS.glob("*/sweep.json")]
-        raise ConfigError(f"sweep={config.sweep}: there is no such sweep{did_you_mean(str(config.sweep), names)}")
+    folder = find_sweep(str(config.sweep))
     rows = summary.read(folder)
     asked = read_json(folder / "sweep.json")["asked"]
     first = next(iter(asked.get(config.by, [])), None)
     baseline = first if config.baseline is None else str(config.baseline)
-    found = compare_settings(rows, config.by, baseline, config.confidence)
+    comparisons = compare_settings(rows, config.by, baseline, config.confidence)
 
     metric = next((row.metric for row in rows if row.metric), "metric")
-    how = "pairs of the same seed" if all(each.paired for each in found) else "two samples each"
-    widened = f", {len(found)} intervals together" if len(found) > 1 else ""
-    log.info(f"{metric} in {display_path(folder)}: {config.by} against {baseline}, {how}")
+    method = "pairs of the same seed" if all(each.paired for each in comparisons) else "two samples each"
+    widened = f", {len(comparisons)} intervals together" if len(comparisons) > 1 else ""
+    log.info(f"{metric} in {display_path(folder)}: {config.by} against {baseline}, {method}")
     table = Table(config.by, "mean", "difference", f"{config.confidence:.0%} interval{widened}", "n", "verdict")
-    for each in found:
+    for each in comparisons:
         more = f"; {each.more_seeds or f'over {MAX_SEEDS}'} more seeds" if each.verdict == "undecided" else ""
         interval = f"{each.low:+.4f} to {each.high:+.4f}"
         table.add_row(
             each.setting, f"{each.mean:.4f}", f"{each.difference:+.4f}", interval, str(each.num), each.verdict + more
         )
     terminal.print(table, soft_wrap=True)
-    if any(each.verdict == "undecided" for each in found):
-        log.info(f"more seeds: so many would show a difference of that size with a probability of {POWER:.0%}")
+    if any(each.verdict == "undecided" for each in comparisons):
+        log.info(f"more seeds: the number that detects a difference of this size with a probability of {POWER:.0%}")
     output = Path(config.output) if config.output else folder / f"compare-{config.by}.json"
     with errors_for_key("output"):
-        write_json(output, {"metric": metric, "by": config.by, "comparisons": [each._asdict() for each in found]})
-        intervals = [Interval(each.setting, each.difference, each.low, each.high, each.verdict) for each in found]
+        write_json(output, {"metric": metric, "by": config.by, "comparisons": [each._asdict() for each in comparisons]})
+        intervals = [Interval(each.setting, each.difference, each.low, each.high, each.verdict) for each in comparisons]
         plot_intervals(intervals, config.by, metric, str(baseline), output.with_suffix(".png"))
-    log.info(f"kept in {display_path(output)}, .png")
+    log.info(f"saved in {display_path(output)}, and as a plot in .png")
+
+
+def find_sweep(sweep: str) -> Path:
+    """Return the folder of a sweep, given by its name or folder."""
+    for folder in (Path(sweep), SWEEPS / sweep):
+        if (folder / "sweep.json").is_file():
+            return folder
+    names = [file.parent.name for file in SWEEPS.glob("*/sweep.json")]
+    raise ConfigError(f"sweep={sweep}: there is no such sweep{did_you_mean(sweep, names)}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Measure a trained model on a whole text, from its run's folder alone: loss, perplexity, bits per byte.
+"""Evaluate a trained model on a whole text: loss, perplexity, bits per byte. Needs only the run's folder.
 
-`python scripts/evaluate.py run=latest`; `--help` shows all that can be set.
+`python scripts/evaluate.py run=latest`; `--help` shows every key.
 """
 
 import json
@@ -34,7 +34,7 @@ KEYS = {
 
 @entry_point("evaluate")
 def main(config: DictConfig) -> None:
-    """Print the figures as a table, and keep them as JSON."""
+    """Evaluate, print the metrics as a table and save them as JSON."""
     check_values(config, KEYS)
     setup_logging()
     with errors_for_key("accelerator"):
@@ -42,10 +42,11 @@ def main(config: DictConfig) -> None:
     loaded = load_run(str(config.run), config.checkpoint, device)
     settings = loaded.config
     settings.trainer.update(accelerator=config.accelerator, devices=1, num_nodes=1, strategy="auto")
-    data = own_validation(loaded) if config.data.path is None else whole_text(config.data.path, loaded)
+    data = run_data(loaded) if config.data.path is None else text_as_validation(config.data.path, loaded)
     bar = terminal.is_terminal
     trainer = build(settings, "trainer", logger=False, enable_checkpointing=False, enable_progress_bar=bar)
-    module = LanguageModel(loaded.network, torch.optim.SGD, float, loaded.tokenizer)  # neither is asked for a step
+    # Optimizer and schedule are not used.
+    module = LanguageModel(loaded.network, torch.optim.SGD, float, loaded.tokenizer)
     (figures,) = trainer.validate(module, data, verbose=False)
     terminal.print(f"{display_path(loaded.checkpoint)} on {data.name}", soft_wrap=True)
     table = Table(show_header=False)
@@ -57,10 +58,10 @@ def main(config: DictConfig) -> None:
     output = Path(config.output) if config.output else loaded.folder / "evaluation.json"
     with errors_for_key("output"):
         output.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-    terminal.print(f"as JSON in {display_path(output)}", soft_wrap=True)
+    terminal.print(f"saved as JSON in {display_path(output)}", soft_wrap=True)
 
 
-def own_validation(loaded: LoadedRun) -> TokenData:
+def run_data(loaded: LoadedRun) -> TokenData:
     """Return the data that the run was trained and validated on."""
     data = build(loaded.config, "data")
     if not data.has_validation:
@@ -70,20 +71,20 @@ def own_validation(loaded: LoadedRun) -> TokenData:
     return data
 
 
-def whole_text(path: str | list[str], loaded: LoadedRun) -> TokenData:
-    """Return all of a text as a validation split, in the run's tokens."""
+def text_as_validation(path: str | list[str], loaded: LoadedRun) -> TokenData:
+    """Return a whole text as a validation split, tokenized with the run's tokenizer."""
     settings = loaded.config.data
     with errors_for_key("data.path"):
         text = TextFiles(path, settings.get("field", "text"), settings.get("encoding", "utf-8"))
         tokenizer = partial(tokenizer_from_file, path=str(loaded.folder / "tokenizer.json"))
         ends = text.has_jsonl and loaded.tokenizer.end_of_text is not None
-        tokens = prepare(text, None, 0.0, tokenizer, ends, Path(settings.cache), enough).train
+        tokens = prepare(text, None, 0.0, tokenizer, ends, Path(settings.cache), check_num_tokens).train
     sizes = (settings.seq_len, settings.batch_size, settings.stride, settings.num_workers, settings.seed)
     return TokenData(text.name, loaded.tokenizer, [], [tokens], *sizes)
 
 
-def enough(split: str, num_tokens: int) -> None:
-    """Raise ValueError for a text with nothing to predict."""
+def check_num_tokens(split: str, num_tokens: int) -> None:
+    """Raise ValueError if the text has too few tokens to predict one."""
     check_validation(num_tokens, "the text")
 
 

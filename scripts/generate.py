@@ -1,6 +1,6 @@
-"""Let a trained model write, from its run's folder alone.
+"""Generate text with a trained model. Needs only the run's folder.
 
-`python scripts/generate.py run=latest prompt="Shall I"`; `--help` shows all that can be set.
+`python scripts/generate.py run=latest prompt="Shall I"`; `--help` shows every key.
 """
 
 import sys
@@ -29,7 +29,7 @@ KEYS = {
 
 @entry_point("generate", literal=("prompt",))
 def main(config: DictConfig) -> None:
-    """Write samples to standard output as they come."""
+    """Generate samples, and print each token as soon as it is sampled."""
     check_values(config, KEYS)
     import numpy as np
     import torch
@@ -43,9 +43,9 @@ def main(config: DictConfig) -> None:
     loaded = load_run(str(config.run), config.checkpoint, device)
     network: Any = loaded.network
     tokenizer = loaded.tokenizer
-    text = prompt(config)
+    text = read_prompt(config)
     with errors_for_key("prompt"):
-        if text is None and tokenizer.end_of_text is not None:  # behind which a document begins
+        if text is None and tokenizer.end_of_text is not None:  # a document begins after this token
             text, ids = "", np.array([tokenizer.end_of_text])
         else:
             text = tokenizer.decode([0]) if text is None else text
@@ -64,8 +64,8 @@ def main(config: DictConfig) -> None:
     print()
 
 
-def prompt(config: DictConfig) -> str | None:
-    """Return the prompt that is meant; None for none."""
+def read_prompt(config: DictConfig) -> str | None:
+    """Return the prompt, from the command line, a file or standard input; None if none is given."""
     if config.prompt is not None and config.prompt_file is not None:
         raise ConfigError("prompt and prompt_file: one of them is enough")
     if config.prompt_file is not None:

@@ -37,7 +37,7 @@ def train(config: DictConfig, overrides: list[str]) -> None:
         stop_with_parent()
 
     run = make_plan(config, overrides)
-    result = run.previous.result if run.previous and run.is_finished else fit(run)
+    result = fit(run)
     if run.trainer.is_global_zero:
         log_end(run.config, result)
         exercise = build(run.config, "exercise")

@@ -1,6 +1,8 @@
 """What several test files share."""
 
+import contextlib
 import csv
+import io
 import json
 import os
 import runpy
@@ -83,29 +85,45 @@ class Run:
         return torch.load(self.folder / "checkpoints" / f"{name}.ckpt", weights_only=True)
 
 
+def run_script(name: str, *arguments: str) -> None:
+    """Run a script in this process, where its modules are imported already."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("HYDRA_FULL_ERROR", raising=False)
+        patch.setattr(sys, "argv", [name, *arguments])
+        runpy.run_path(str(ROOT / "scripts" / name), run_name="__main__")
+
+
+@pytest.fixture(scope="session")
+def corpora(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Return the override that keeps prepared corpora out of the project's outputs, in one place for all runs."""
+    return f"data.cache={tmp_path_factory.getbasetemp() / 'corpora'}"
+
+
 @pytest.fixture
-def train(
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-    tmp_path_factory: pytest.TempPathFactory,
-    capsys: pytest.CaptureFixture,
-):
+def train(tmp_path: Path, corpora: str, capsys: pytest.CaptureFixture):
     """Run scripts/train.py in this process, writing to a folder of the test's."""
-    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
 
     def start(*overrides: str, name: str | None = "run", tiny: bool = True) -> Run | None:
         folder = tmp_path / (name or "")
         constant = any(
             o.startswith(("schedule=constant", "experiment=exercise_")) for o in overrides
         )  # which has no warmup to set
-        cache = f"data.cache={tmp_path_factory.getbasetemp() / 'corpora'}"
-        arguments = [*(TINY[:-1] if constant else TINY if tiny else []), cache]
+        arguments = [*(TINY[:-1] if constant else TINY if tiny else []), corpora]
         arguments += [*([f"folder={folder}"] if name else []), *overrides]
-        monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
-        runpy.run_path(str(ROOT / "scripts" / "train.py"), run_name="__main__")
+        run_script("train.py", *arguments)
         return Run(folder, capsys.readouterr().out) if name else None
 
     return start
+
+
+@pytest.fixture(scope="session")
+def shared_run(tmp_path_factory: pytest.TempPathFactory, corpora: str) -> Run:
+    """Train once, with TINY and no other overrides, for all tests that read a run and change nothing in it."""
+    folder = tmp_path_factory.mktemp("shared") / "run"
+    torch.manual_seed(0)
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        run_script("train.py", *TINY, corpora, f"folder={folder}")
+    return Run(folder, output.getvalue())
 
 
 Sweep = Callable[..., str]
@@ -147,13 +165,11 @@ def jobs(monkeypatch: pytest.MonkeyPatch) -> Jobs:
 
 
 @pytest.fixture
-def multirun(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path) -> Sweep:
+def multirun(capsys: pytest.CaptureFixture, tmp_path: Path) -> Sweep:
     """Run scripts/train.py -m in this process; return what it says."""
 
     def start(*overrides: str) -> str:
-        monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
-        monkeypatch.setattr(sys, "argv", ["train.py", "-m", f"hydra.sweep.dir={tmp_path / 'sweep'}", *overrides])
-        runpy.run_path(str(ROOT / "scripts" / "train.py"), run_name="__main__")
+        run_script("train.py", "-m", f"hydra.sweep.dir={tmp_path / 'sweep'}", *overrides)
         return capsys.readouterr().out
 
     return start

@@ -121,9 +121,9 @@ def outcome(folder: Path) -> dict[str, Any]:
     last["metrics"].pop("train/tokens_per_sec", None)
     with (folder / "metrics.csv").open() as file:
         rows = [{k: v for k, v in row.items() if "tokens_per_sec" not in k} for row in csv.DictReader(file)]
-    events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0}).Reload()
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
     scalars = {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
-    scalars.pop("train/tokens_per_sec", None)
+    scalars.pop("watch/tokens_per_sec", None)
     result = json.loads((folder / "result.json").read_text())
     kept = ("status", "metrics", "steps", "epochs", "best", "grad_norm_max", "clipped_share", "sample", "tokens")
     said = {key: result.get(key) for key in kept}

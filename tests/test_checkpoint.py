@@ -7,7 +7,7 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from language_model.runs.config import ConfigError
@@ -15,7 +15,7 @@ from language_model.runs.load import load_checkpoint
 from language_model.training.checkpoint import (
     AtomicCheckpointIO,
 )
-from language_model.training.log_files import log_file_lengths, truncate_logs
+from language_model.training.log_files import EventLogger, log_file_lengths, truncate_logs
 from language_model.training.random_state import get_random_state, set_random_state, to_plain_values
 
 
@@ -59,7 +59,7 @@ def test_every_generator_comes_back(tmp_path: Path) -> None:
 
 def loggers(folder: Path) -> L.Trainer:
     made = [
-        TensorBoardLogger(folder, name="", version="tensorboard", default_hp_metric=False),
+        EventLogger(folder, name="", version="", default_hp_metric=False),
         CSVLogger(folder, name="", version="", flush_logs_every_n_steps=100),
     ]
     return L.Trainer(logger=made, accelerator="cpu", enable_checkpointing=False, barebones=False)
@@ -72,16 +72,23 @@ def log(trainer: L.Trainer, first: int, last: int, **more: float) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*")
-def test_metrics_files_are_cut_to_what_they_were(tmp_path: Path) -> None:
-    """Also when a column comes to metrics.csv only behind the checkpoint."""
+@pytest.mark.parametrize("earlier_version", [False, True])
+def test_metrics_files_are_cut_to_what_they_were(tmp_path: Path, earlier_version: bool) -> None:
+    """Also when a column comes to metrics.csv only after the checkpoint, and when events are where they once were."""
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     trainer = loggers(killed)
     log(trainer, 0, 5)
+    (killed / "config.yaml").write_text("seed: 0")
     length = log_file_lengths(trainer)
     assert length["metrics.csv"] == 5
+    assert len(length) == 2
     log(trainer, 5, 8, accuracy=0.5)
     for logger in trainer.loggers:
         logger.finalize("failed")
+    if earlier_version:
+        (killed / "tensorboard").mkdir()
+        for file in killed.glob("events.*"):
+            file.rename(killed / "tensorboard" / file.name)
     trainer = loggers(killed)
     truncate_logs(trainer, tmp_path / "another", {})
     truncate_logs(trainer, killed, length)
@@ -93,10 +100,11 @@ def test_metrics_files_are_cut_to_what_they_were(tmp_path: Path) -> None:
     log(trainer, 5, 9, accuracy=0.25)
     for logger in trainer.loggers:
         logger.finalize("success")
+    assert (killed / "config.yaml").read_text() == "seed: 0"
     assert (killed / "metrics.csv").read_text() == (whole / "metrics.csv").read_text()
     points = []
     for folder in (killed, whole):
-        events = EventAccumulator(str(folder / "tensorboard")).Reload()
+        events = EventAccumulator(str(folder)).Reload()
         points.append({tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]})
     assert points[0] == points[1]
     assert len(points[0]["loss"]) == 9

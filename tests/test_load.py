@@ -3,7 +3,6 @@
 import io
 import json
 import math
-import runpy
 import shutil
 import sys
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, Run
+from conftest import TINY, Run, run_script
 from omegaconf import OmegaConf
 
 from language_model.runs import folder as run
@@ -22,13 +21,11 @@ STORED = Path(__file__).parent / "stored_run"
 
 
 @pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+def script(capsys: pytest.CaptureFixture):
     """Run a script in this process; return what it prints."""
 
     def start(name: str, *arguments: str) -> str:
-        monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
-        monkeypatch.setattr(sys, "argv", [name, *arguments])
-        runpy.run_path(str(ROOT / "scripts" / name), run_name="__main__")
+        run_script(name, *arguments)
         return capsys.readouterr().out
 
     return start
@@ -43,11 +40,20 @@ def refused(script, name: str, *arguments: str) -> str:
     return message
 
 
-@pytest.fixture
-def trained(train, tmp_path: Path) -> Run:
-    text = tmp_path / "text.txt"
+@pytest.fixture(scope="session")
+def original(tmp_path_factory: pytest.TempPathFactory, corpora: str) -> Run:
+    folder = tmp_path_factory.mktemp("original")
+    text = folder / "text.txt"
     text.write_text("Всё смешалось в доме Облонских. " * 60, encoding="utf-8")
-    return train("data=text", f"data.path={text}", "data.batch_size=8", "optimizer.lr=0.01", "tokenizer=byte")
+    overrides = ["data=text", f"data.path={text}", "data.batch_size=8", "optimizer.lr=0.01", "tokenizer=byte"]
+    run_script("train.py", *TINY, corpora, f"folder={folder / 'run'}", *overrides)
+    return Run(folder / "run")
+
+
+@pytest.fixture
+def trained(original: Run, tmp_path: Path) -> Run:
+    """Return a copy of the run, for each test its own, at a fraction of the time of a training."""
+    return Run(Path(shutil.copytree(original.folder, tmp_path / "run")))
 
 
 def test_a_stored_run_of_the_first_format_loads() -> None:
@@ -144,9 +150,8 @@ def test_evaluation_refuses(
     assert not (trained.folder / "evaluation.json").exists()
 
 
-def test_a_run_without_validation_needs_a_text(train, script) -> None:
-    sonnets = train()
-    assert "data.path: the run has no validation split" in refused(script, "evaluate.py", f"run={sonnets.folder}")
+def test_a_run_without_validation_needs_a_text(shared_run: Run, script) -> None:
+    assert "data.path: the run has no validation split" in refused(script, "evaluate.py", f"run={shared_run.folder}")
 
 
 def test_generation_goes_on_from_the_prompt(trained: Run, script, tmp_path: Path, monkeypatch) -> None:

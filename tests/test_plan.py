@@ -1,5 +1,6 @@
 """The plan of a run, as a notebook uses it; test_train.py does the same through the script."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import language_model
 from language_model.runs.config import ConfigError
 
 
-def test_a_plan_says_what_will_be_done_and_writes_nothing(tmp_path: Path) -> None:
+def test_a_plan_says_what_will_be_done_and_creates_no_folder(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     run = language_model.plan(*TINY, f"folder={folder}")
     assert (run.steps, run.config.total_steps, run.config.vocab_size) == (16, 16, 43)
@@ -29,6 +30,10 @@ def test_a_plan_is_carried_out_once_and_then_finished(tmp_path: Path) -> None:
     again = language_model.plan(*overrides)
     assert again.is_finished
     assert again.checkpoint == tmp_path / "run" / "checkpoints" / "last.ckpt"
+    file = tmp_path / "run" / "result.json"
+    before = file.read_text()
+    assert language_model.fit(again)["metrics"] == result["metrics"]  # which does nothing
+    assert file.read_text() == before
     longer = language_model.plan(*overrides, "trainer.max_epochs=3", "total_steps=16")
     assert not longer.is_finished
     assert longer.steps == 24
@@ -44,10 +49,12 @@ def test_a_plan_is_carried_out_once_and_then_finished(tmp_path: Path) -> None:
         ("vocab_size=5", "vocab_size=5: the tokenizer has 43 tokens"),
         ("schedule.warmup_steps=999", "schedule: warmup_steps=999 is longer than the run"),
         ("trainer.max_epochs=-1", "total_steps: the schedule needs an end"),
+        ("model.d_modle=8", "model.d_modle: unknown key; did you mean d_model?"),
+        ("model=smal", "model=smal: there is no such file in conf/model; choose from baby"),
     ],
 )
 def test_a_plan_that_cannot_be_carried_out_is_refused(tmp_path: Path, override: str, error: str) -> None:
-    with pytest.raises(ConfigError, match=error):
+    with pytest.raises(ConfigError, match=re.escape(error)):
         language_model.plan(*TINY, f"folder={tmp_path / 'run'}", override)
     assert not (tmp_path / "run").exists()
 
@@ -55,3 +62,8 @@ def test_a_plan_that_cannot_be_carried_out_is_refused(tmp_path: Path, override: 
 def test_what_a_notebook_does_not_find() -> None:
     with pytest.raises(AttributeError, match="plam"):
         _ = language_model.plam
+
+
+def test_a_plan_takes_what_the_command_line_takes(tmp_path: Path) -> None:
+    run = language_model.plan(*TINY, f"folder={tmp_path / 'run'}", "callbacks.sample.prompt=Shall 'I")
+    assert run.config.callbacks.sample.prompt == "Shall 'I"

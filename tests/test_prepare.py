@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from language_model import files
 from language_model.data import prepare as module
 from language_model.data.bpe import BPETokenizer
-from language_model.data.prepare import Corpus, cached_fact, cut_at_spaces, prepare, smallest_dtype
+from language_model.data.prepare import Corpus, cut_at_spaces, prepare, smallest_dtype
 from language_model.data.text_files import TextFiles
 from language_model.data.tokenizer import ByteTokenizer, CharTokenizer
 from language_model.data.tokenizer_file import tokenizer_from_file
@@ -152,12 +153,12 @@ def test_a_text_that_changes_meanwhile(prepared, tmp_path: Path) -> None:
 
 
 def test_what_is_known_of_a_large_file_is_remembered_until_it_changes(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(module, "LARGE", 3)
+    monkeypatch.setattr(files, "LARGE", 3)
     file = tmp_path / "large"
     file.write_text("abc")
     os.utime(file, (1, 1))
     asked = iter(range(100))
-    ask = partial(cached_fact, "what", file, tmp_path / "cache", lambda: next(asked))
+    ask = partial(files.cached_fact, "what", file, tmp_path / "cache", lambda: next(asked))
     assert [ask(), ask()] == [0, 0]
     os.utime(file, (2, 2))
     assert [ask(), ask()] == [1, 1]
@@ -165,7 +166,7 @@ def test_what_is_known_of_a_large_file_is_remembered_until_it_changes(tmp_path: 
     assert [ask(), ask()] == [2, 3]
     file.write_text("ab")
     assert [ask(), ask()] == [4, 5]
-    assert cached_fact("another", file, tmp_path / "cache", lambda: "new") == "new"
+    assert files.cached_fact("another", file, tmp_path / "cache", lambda: "new") == "new"
 
 
 SCRIPT = """

@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 
 from language_model.files import ROOT
 from language_model.runs.folder import read_config, read_result, read_settings
-from language_model.runs.moved_names import MOVED, with_new_names
+from language_model.runs.moved_names import MODULES, MOVED, with_current_names
 from language_model.runs.resume import can_change_on_resume
 
 # A run of commit 0a1ae00 (before the package had folders), killed in its last epoch. Where it was written stands as
@@ -37,6 +37,8 @@ def test_a_run_of_an_earlier_version_resumes_to_what_it_would_have_come_to(train
     assert run.result["steps"] == 90
     assert run.config["model"]["_target_"] == "language_model.model.gpt.GPT"
     assert run.column("step")[-1] == 89
+    assert len(list(half_run.glob("events.out.tfevents.*"))) == 2  # the old one, moved up, and a new one
+    assert not list((half_run / "tensorboard").iterdir())
 
 
 def test_another_setting_of_an_earlier_version_is_refused(train, half_run: Path) -> None:
@@ -47,8 +49,8 @@ def test_another_setting_of_an_earlier_version_is_refused(train, half_run: Path)
 def test_every_moved_name_is_one_of_today() -> None:
     import pkgutil
 
-    for new in MOVED.values():
-        assert callable(pkgutil.resolve_name(new))
+    for new in (*MODULES.values(), *MOVED.values()):
+        assert pkgutil.resolve_name(f"language_model.{new}")
 
 
 def test_names_of_earlier_versions_are_read_as_those_of_today(tmp_path: Path) -> None:
@@ -58,10 +60,26 @@ def test_names_of_earlier_versions_are_read_as_those_of_today(tmp_path: Path) ->
     assert read_config(tmp_path).model == model
     assert read_settings(tmp_path)["data.path"] == "a=b"
     overrides = ["model.attention=plain", "data.path=plain", "optimizer._target_=language_model.optim.muon", "seed=1"]
-    assert with_new_names(overrides) == [
+    assert with_current_names(overrides) == [
         "model.attention=unfused", "data.path=plain",
         "optimizer._target_=language_model.training.optimizer.muon", "seed=1",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("++model.attention='plain'", "++model.attention='unfused'"),
+        ("+x={_target_:language_model.callbacks.Sample}", "+x={_target_:language_model.training.callbacks.Sample}"),
+        ("language_model.checkpoint.Last", "language_model.training.checkpoint.LastCheckpoint"),
+        ("language_model.data.datamodule.TextData", "language_model.data.datamodule.TextData"),
+        ({"model.attention": ["plain", "fused"]}, {"model.attention": ["unfused", "fused"]}),
+        (3, 3),
+    ],
+)  # fmt: skip
+def test_names_are_found_wherever_a_user_could_have_typed_them(old, new) -> None:
+    assert with_current_names(old) == new
+    assert with_current_names(new) == new
 
 
 def test_the_uniform_baseline_of_an_earlier_version_is_found(tmp_path: Path) -> None:

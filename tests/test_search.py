@@ -42,6 +42,7 @@ def test_spaces_are_declared_in_hydras_words(override: str, distribution, ends_o
     assert end_values(found) == ends_of_it
 
 
+@pytest.mark.slow  # composes a config for each of 15 trials
 def test_a_search_finds_what_is_good(multirun: Sweep, jobs: Jobs, tmp_path: Path) -> None:
     jobs.outcome = lambda config: abs(config.optimizer.lr - 0.01) + (config.model.position == "learned")
     said = multirun(*SEARCH, "hydra.sweeper.n_trials=15", "model.position=choice(learned,rotary)", "seed=3")

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import queue
 import random
 import signal
 import subprocess
@@ -172,6 +173,57 @@ def test_jobs_beside_each_other_get_gpus_of_their_own(monkeypatch: pytest.Monkey
         assert third["CUDA_VISIBLE_DEVICES"] in ("2", "5")
     with job.reserve_gpu(tmp_path) as again:
         assert again == {"CUDA_VISIBLE_DEVICES": "2"}
+
+
+def a_process(code: str) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, "-S", "-c", code], stdin=subprocess.PIPE)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
+@pytest.mark.parametrize(
+    ("code", "error"),
+    [
+        ("", None),
+        ("import sys; sys.exit('error: seed=1: wrong')", "ended with status 1"),
+        ("import os; os.kill(os.getpid(), 9)", "ended by SIGKILL"),
+        ("import sys; sys.exit(143)", None),  # interrupted: neither finished nor failed
+    ],
+)
+def test_how_a_job_ended_is_known_by_its_status(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, code: str, error: str | None
+) -> None:
+    monkeypatch.setattr(job, "start_process", lambda *_: a_process(code))
+    assert job.run_in_subprocess(tmp_path, "BasicLauncher", {}) == error
+    assert not (tmp_path / "stderr.txt").exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
+def test_an_interrupted_sweep_stops_its_job_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    process = a_process("import sys; sys.stdin.read()")  # until it is stopped
+    wait = process.wait
+
+    def interrupted(timeout: float | None = None) -> int:
+        if timeout is not None:
+            raise KeyboardInterrupt
+        return wait(60)
+
+    monkeypatch.setattr(process, "wait", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        job.wait_for(process, parent=None)
+    assert process.returncode == -signal.SIGTERM
+
+
+def test_a_job_stops_itself_when_its_sweep_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, the_sweeps = os.pipe()
+    read = os.read
+    killed: queue.Queue[tuple[int, int]] = queue.Queue()
+    monkeypatch.setattr(os, "read", lambda file, size: read(ours if file == 0 else file, size))
+    monkeypatch.setattr(os, "kill", lambda *process_and_signal: killed.put(process_and_signal))
+    job.stop_with_parent()
+    assert killed.empty()
+    os.close(the_sweeps)  # as the system does when the sweep's process ends, however it does
+    assert killed.get(timeout=60) == (os.getpid(), signal.SIGTERM)
+    os.close(ours)
 
 
 def command(folder: Path, *overrides: str) -> list[str]:

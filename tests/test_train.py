@@ -31,8 +31,8 @@ def refused(train, *overrides: str, **settings) -> str:
     return message
 
 
-def test_a_run_says_what_it_does_and_leaves_a_whole_folder(train) -> None:
-    tiny = train()
+def test_a_run_says_what_it_does_and_leaves_a_whole_folder(shared_run: Run) -> None:
+    tiny = shared_run
     out = tiny.output
     for line in (
         "corpus   sonnets.txt: 1,331 tokens, vocabulary 43",
@@ -52,7 +52,7 @@ def test_a_run_says_what_it_does_and_leaves_a_whole_folder(train) -> None:
     names = {str(path.relative_to(tiny.folder)) for path in tiny.folder.rglob("*") if path.is_file()}
     assert {name for name in names if "tfevents" not in name} == {
         ".lock", "config.yaml", "overrides.yaml", "tokenizer.json", "metrics.csv", "train.log", "result.json",
-        "checkpoints/best.ckpt", "checkpoints/last.ckpt", "tensorboard/hparams.yaml",
+        "checkpoints/best.ckpt", "checkpoints/last.ckpt",
     }  # fmt: skip
     assert tiny.result["status"] == "finished"
     assert tiny.result["steps"] == 16
@@ -75,27 +75,27 @@ def test_a_run_says_what_it_does_and_leaves_a_whole_folder(train) -> None:
 
 def test_tensorboard_has_the_metrics_the_settings_and_the_sample(train) -> None:
     tiny = train("callbacks.sample.prompt=Shall")
-    events = EventAccumulator(str(tiny.folder / "tensorboard"))
+    events = EventAccumulator(str(tiny.folder))
     events.Reload()
-    assert {"train/loss", "train/loss_epoch", "lr", "train/grad_norm", "train/tokens_per_sec"} <= set(
+    assert {"train/loss", "train/loss_epoch", "watch/lr", "watch/grad_norm", "watch/tokens_per_sec"} <= set(
         events.Tags()["scalars"]
     )
     assert [point.step for point in events.Scalars("train/loss")] == [3, 7, 11, 15]
     assert len(events.Scalars("train/loss_epoch")) == 2
-    assert events.Scalars("best/train/loss_epoch")[0].value == pytest.approx(tiny.result["best"])
-    assert [point.value for point in events.Scalars("lr")] == pytest.approx(tiny.column("lr"))
+    assert [point.value for point in events.Scalars("watch/lr")] == pytest.approx(tiny.column("lr"))
     assert "hp_metric" not in events.Tags()["scalars"]
     text = events.Tensors("sample/text_summary")[0].tensor_proto.string_val[0].decode()
     assert tiny.result["sample"] in text
     assert tiny.result["sample"].startswith("Shall")
     assert "_hparams_/session_start_info" in events.summary_metadata
     content = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    assert b"Best train/loss_epoch" in content
     assert b"optimizer.lr" in content
     assert b"model.d_model" in content
 
 
-def test_the_seed_decides_everything(train) -> None:
-    first, again, other = train(name="a"), train(name="b"), train("seed=1", name="c")
+def test_the_seed_decides_everything(shared_run: Run, train) -> None:
+    first, again, other = shared_run, train(name="b"), train("seed=1", name="c")
     assert first.losses == again.losses
     assert first.losses[0] != other.losses[0]
     assert first.result["untrained_loss"] != other.result["untrained_loss"]

@@ -1,24 +1,17 @@
-"""Time a run of the chapter's recipe against the chapter's own plain loop, in turns on the same machine.
+"""Compare the speed of a run with the chapter's plain loop, in turns on the same machine.
 
-The plain loop is the chapter's section 8 as printed: float32, a Dataset that serves one window at a time, AdamW as it
-comes, and a network of torch's own parts. The runs are `scripts/train.py` as a user starts it, logging and
-checkpoints on, once in bfloat16 where the hardware has units for it and once in float32. What is compared is the
-time of the steps; imports and the sample at the end are left out on both sides.
+The plain loop is the chapter's section 8 as printed: float32, a Dataset that serves one window at a time, AdamW with
+PyTorch's defaults, and a network of PyTorch's own parts. The runs are `scripts/train.py` as a user starts it, with
+logging and checkpoints, once in bfloat16 where the hardware has units for it and once in float32. Only the training
+steps are compared, without imports and without the sample at the end.
 """
 
-import json
-import multiprocessing
-import statistics
-import subprocess
-import sys
-import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from measure import BENCHMARKS, median_text, range_text, run_in_new_process, save_figures, train
 from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -33,51 +26,39 @@ V, C, H, LAYERS, FF, T, B, P = 43, 64, 4, 4, 256, 64, 32, 0.1
 
 @entry_point("benchmark_chapter")
 def main(config: DictConfig) -> None:
-    """Run the contenders in turns; print their medians and the ratio to the plain loop, and keep the figures."""
-    contenders = {"plain loop, 32-true": partial(in_new_process, config.epochs)}
+    """Run the loop and the runs in turns; print medians and ratios to the plain loop, and save the figures."""
+    plain = "plain loop, 32-true"
+    functions = {plain: partial(run_in_new_process, plain_loop, config.epochs)}
     for precision in ["bf16-mixed"] * has_bf16_units("cpu") + ["32-true"]:
-        contenders[f"scripts/train.py, {precision}"] = partial(run, config.epochs, precision)
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+        functions[f"scripts/train.py, {precision}"] = partial(time_run, config.epochs, precision)
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
     for i in range(config.rounds):
-        for name, contender in contenders.items():
-            seconds[name].append(contender())
+        for name, function in functions.items():
+            seconds[name].append(function())
             print(f"round {i + 1} of {config.rounds}: {name}: {seconds[name][-1]:.1f} s", flush=True)
-    plain = seconds["plain loop, 32-true"]
     steps = config.epochs * 39
-    print(f"\n{describe_device(torch.device('cpu'))}, {steps} steps, {config.rounds} rounds")
+    machine = describe_device(torch.device("cpu"))
+    print(f"\n{machine}, {steps} steps, {config.rounds} rounds")
     print(f"{'':32} ms a step: median (min to max)   ratio to the plain loop: median (min to max)")
     for name, times in seconds.items():
-        ms = sorted(1000 * t / steps for t in times)
-        ratios = sorted(t / p for t, p in zip(times, plain, strict=True))
+        ms = [1000 * t / steps for t in times]
+        ratios = [t / p for t, p in zip(times, seconds[plain], strict=True)]
         print(
-            f"{name:32} {statistics.median(ms):9.1f} ({ms[0]:.1f} to {ms[-1]:.1f})"
-            f"{statistics.median(ratios):20.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
+            f"{name:32} {median_text(ms, '9.1f')} ({range_text(ms, '.1f')})"
+            f"{median_text(ratios, '20.2f')} ({range_text(ratios, '.2f')})"
         )
-    target = ROOT / "outputs" / "benchmarks" / "chapter.json"
-    target.write_text(
-        json.dumps({"machine": describe_device(torch.device("cpu")), "steps": steps, "seconds": seconds}, indent=2)
-    )
-    print(f"figures in {target}")
+    save_figures(BENCHMARKS / "chapter.json", {"machine": machine, "steps": steps, "seconds": seconds})
+    print(f"figures in {BENCHMARKS / 'chapter.json'}")
 
 
-def run(epochs: int, precision: str) -> float:
-    """Return the seconds that a run's steps take, from the first batch to the last checkpoint."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, str(ROOT / "scripts" / "train.py"), f"folder={folder}/run", "callbacks.sample=null"]
-        command += ["trainer.accelerator=cpu", f"trainer.max_epochs={epochs}", f"trainer.precision={precision}"]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        result = json.loads((Path(folder) / "run" / "result.json").read_text())
-        return result["tokens"] / result["tokens_per_sec"]
-
-
-def in_new_process(epochs: int) -> float:
-    """Return what `plain_loop` measures in a process of its own, as `run` has one."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(plain_loop, epochs).result()
+def time_run(epochs: int, precision: str) -> float:
+    """Return the seconds that a run's training takes, from the first batch to the last checkpoint."""
+    overrides = ["callbacks.sample=null", "trainer.accelerator=cpu", f"trainer.max_epochs={epochs}"]
+    return train(*overrides, f"trainer.precision={precision}")["training_seconds"]
 
 
 def plain_loop(epochs: int) -> float:
-    """Return the seconds that the chapter's training loop takes."""
+    """Train as the chapter does; return the seconds that the loop takes."""
     text = (ROOT / "src" / "language_model" / "sonnets.txt").read_text(encoding="utf-8")
     ids = {character: i for i, character in enumerate(sorted(set(text)))}
     dataset = TextDataset(torch.tensor([ids[character] for character in text]), T)
@@ -85,7 +66,7 @@ def plain_loop(epochs: int) -> float:
     model = PlainGPT()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, weight_decay=0.01)
     total_steps, step = epochs * len(batches), 0
-    started = time.perf_counter()
+    start = time.perf_counter()
     for _ in range(epochs):
         epoch_loss = 0.0
         for inputs, targets in batches:
@@ -99,13 +80,13 @@ def plain_loop(epochs: int) -> float:
             optimizer.zero_grad()
             epoch_loss += loss.item()
             step += 1
-    seconds = time.perf_counter() - started
-    print(f"plain loop: loss {epoch_loss / len(batches):.2f} in the last of {epochs} epochs")
+    seconds = time.perf_counter() - start
+    print(f"plain loop: mean loss of epoch {epochs}: {epoch_loss / len(batches):.2f}")
     return seconds
 
 
 class TextDataset(Dataset[tuple[Tensor, Tensor]]):
-    """The chapter's: one window at a time."""
+    """The chapter's data set: serves one window at a time."""
 
     def __init__(self, token_ids: Tensor, seq_len: int) -> None:
         self.token_ids = token_ids
@@ -120,7 +101,7 @@ class TextDataset(Dataset[tuple[Tensor, Tensor]]):
 
 
 class PlainGPT(nn.Module):
-    """The chapter's sizes in torch's own parts."""
+    """A GPT of the chapter's sizes, built from PyTorch's own parts."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -136,7 +117,7 @@ class PlainGPT(nn.Module):
 
 
 class PlainBlock(nn.Module):
-    """Attention by torch's own function, and a feed-forward layer."""
+    """Attention by PyTorch's own function, and a feed-forward layer."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,12 +1,16 @@
-"""Files: where the project is, writing a file whole or not at all, and paths as a user would type them."""
+"""Files: where the project is, writing a file whole or not at all, paths as a user would type them, cached facts."""
 
 import hashlib
 import json
 import math
+import os
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]  # of the checkout
+LARGE = 1 << 26  # size in bytes of a file whose facts are cached
 
 
 def write_text(file: Path, content: str) -> None:
@@ -48,3 +52,30 @@ def sha256_of(file: Path) -> str:
     """Return the SHA-256 of a file's content, in hexadecimal."""
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def file_stamp(file: Path) -> list[int]:
+    """Return size, modification time and inode, which change when a file does."""
+    stat = file.stat()
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ino]
+
+
+def cached_fact(what: str, file: Path, cache: Path, find: Callable[[], Any]) -> Any:
+    """Return `find()`, a fact about a file; for a large file it is cached in `cache` until the file changes."""
+    now = file_stamp(file)
+    if now[0] < LARGE:
+        return find()
+    note = cache / f"{hashlib.sha256(f'{what} {file.resolve()}'.encode()).hexdigest()[:16]}.note"
+    try:
+        noted, value = json.loads(note.read_text())
+        if noted == now:
+            return value
+    except (OSError, ValueError):
+        pass
+    value = find()
+    if time.time_ns() - now[1] > 2e9:  # a change within the clock's resolution would not be seen
+        cache.mkdir(parents=True, exist_ok=True)
+        temporary = note.with_suffix(f".{os.getpid()}.partial")
+        temporary.write_text(json.dumps([now, value]))
+        temporary.replace(note)
+    return value

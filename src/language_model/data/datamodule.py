@@ -13,7 +13,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from language_model.data.prepare import MakeTokenizer, cached_fact, prepare
+from language_model.data.prepare import MakeTokenizer, prepare
 from language_model.data.text_files import TextFiles, download
 from language_model.data.token_files import token_files
 from language_model.data.tokenizer import Tokenizer
@@ -25,6 +25,7 @@ from language_model.data.windows import (
     check_training,
     check_validation,
 )
+from language_model.files import cached_fact
 
 
 class TokenData(L.LightningDataModule):

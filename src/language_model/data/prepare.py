@@ -8,7 +8,6 @@ import os
 import re
 import secrets
 import shutil
-import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,20 +20,19 @@ from language_model.data.text_files import TextFiles
 from language_model.data.token_files import TokenFile
 from language_model.data.tokenizer import Texts, Tokenizer, UnknownCharacterError
 from language_model.data.tokenizer_file import load_tokenizer
-from language_model.files import sha256_of
+from language_model.files import cached_fact, file_stamp, sha256_of
 from language_model.terminal import progress
 
 FORMAT = 1  # of a prepared corpus; part of its key
 PIECE = 1 << 16  # characters that are encoded as one text
 BATCH = 1 << 20  # characters that are encoded together
-LARGE = 1 << 26  # size in bytes of a file whose facts are cached
 
-# Tokenizers by their first names, which are part of a prepared corpus's key: earlier corpora stay valid.
-KEY_NAMES = {
-    "CharTokenizer.from_texts": "language_model.tokenizer.CharTokenizer.of",
-    "ByteTokenizer.from_texts": "language_model.tokenizer.ByteTokenizer.of",
-    "BPETokenizer.train": "language_model.tokenizer.BPETokenizer.train",
-    "tokenizer_from_file": "language_model.tokenizer.from_file",
+# The original names of tokenizers, which are part of a prepared corpus's key: earlier corpora stay valid.
+ORIGINAL_NAMES = {
+    "language_model.data.tokenizer.CharTokenizer.from_texts": "language_model.tokenizer.CharTokenizer.of",
+    "language_model.data.tokenizer.ByteTokenizer.from_texts": "language_model.tokenizer.ByteTokenizer.of",
+    "language_model.data.bpe.BPETokenizer.train": "language_model.tokenizer.BPETokenizer.train",
+    "language_model.data.tokenizer_file.tokenizer_from_file": "language_model.tokenizer.from_file",
 }
 
 MakeTokenizer = Callable[[Texts, bool], Tokenizer]
@@ -294,37 +292,11 @@ def new_folder(folder: Path) -> Iterator[Path | None]:
             lock.unlink(missing_ok=True)
 
 
-def file_stamp(file: Path) -> list[int]:
-    """Return size, modification time and inode, which change when a file does."""
-    stat = file.stat()
-    return [stat.st_size, stat.st_mtime_ns, stat.st_ino]
-
-
-def cached_fact(what: str, file: Path, cache: Path, find: Callable[[], Any]) -> Any:
-    """Return `find()`, a fact about a file; for a large file it is cached in `cache` until the file changes."""
-    now = file_stamp(file)
-    if now[0] < LARGE:
-        return find()
-    note = cache / f"{hashlib.sha256(f'{what} {file.resolve()}'.encode()).hexdigest()[:16]}.note"
-    try:
-        noted, value = json.loads(note.read_text())
-        if noted == now:
-            return value
-    except (OSError, ValueError):
-        pass
-    value = find()
-    if time.time_ns() - now[1] > 2e9:  # a change within the clock's resolution would not be seen
-        cache.mkdir(parents=True, exist_ok=True)
-        temporary = note.with_suffix(f".{os.getpid()}.partial")
-        temporary.write_text(json.dumps([now, value]))
-        temporary.replace(note)
-    return value
-
-
 def describe_maker(make_tokenizer: MakeTokenizer) -> list:
     """Return what determines a tokenizer besides the text: its function and settings, a file by its content."""
     function = getattr(make_tokenizer, "func", make_tokenizer)
     settings = dict(getattr(make_tokenizer, "keywords", {}))
     if "path" in settings:
         settings["path"] = sha256_of(Path(settings["path"]))
-    return [KEY_NAMES.get(function.__qualname__, f"{function.__module__}.{function.__qualname__}"), settings]
+    name = f"{function.__module__}.{function.__qualname__}"
+    return [ORIGINAL_NAMES.get(name, name), settings]

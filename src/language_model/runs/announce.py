@@ -3,6 +3,7 @@
 import math
 import shlex
 from contextlib import suppress
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,16 @@ from language_model.files import ROOT, display_path, write_json
 from language_model.runs.config import as_dict, flatten, one_line
 from language_model.runs.folder import read_job
 from language_model.runs.plan import Plan
-from language_model.runs.resume import can_change_on_resume
 from language_model.terminal import log
 from language_model.training.hardware import describe_device
 from language_model.training.module import LanguageModel, NonFiniteError
+
+# Settings that TensorBoard's HPARAMS lists, besides those that a sweep varies, and the exceptions.
+TUNED = (
+    "model.*", "optimizer.*", "schedule.*", "seed", "data.batch_size", "data.seq_len", "data.stride",
+    "data.val_fraction", "trainer.accumulate_grad_batches", "trainer.gradient_clip_val", "trainer.max_epochs",
+)  # fmt: skip
+NOT_TUNED = ("*_", "*.vocab_size", "*.attention", "*.fused", "schedule.lr", "schedule.total_steps")
 
 
 def log_start(run: Plan) -> float:
@@ -80,28 +87,26 @@ def describe_arithmetic(config: DictConfig) -> list[str]:
 
 
 def log_hyperparameters(run: Plan, result: dict[str, Any]) -> None:
-    """Write the settings and the best metric to TensorBoard's HPARAMS, once, at the end.
+    """Add the run to TensorBoard's HPARAMS: its settings, its status and its best metric.
 
-    What a sweep varies comes a second time as ``(swept) <key>``: TensorBoard sorts by name, and shows the first few.
+    The best metric is a column like the settings: as a metric it would also be a chart with one point.
     """
-    sections = ("model", "data", "optimizer", "schedule", "trainer", "seed")
     settings = {
-        key: value
+        key: value if isinstance(value, bool | int | float) else str(value)
         for key, value in flatten(as_dict(run.config)).items()
-        if key.split(".")[0] in sections
-        and value is not None
-        and not key.endswith("_")
-        and not can_change_on_resume(key)
+        if value is not None
+        and any(fnmatch(key, pattern) for pattern in TUNED)
+        and not any(fnmatch(key, pattern) for pattern in NOT_TUNED)
     }
-    for key, value in read_job(run.folder).get("swept", {}).items():
-        with suppress(ValueError):
-            value = float(value)
-        settings[f"(swept) {key}"] = value
-    metrics = {f"best/{result['monitor']}": result["best"]} if "best" in result else {}
-    for logger in run.trainer.loggers:
-        if isinstance(logger, TensorBoardLogger):
-            logger.log_hyperparams(settings, metrics, step=run.trainer.global_step)
-            logger.save()
+    swept = read_job(run.folder).get("swept", {})
+    settings = swept | settings | {"data": run.data.name, "Status": result["status"]}  # capitals are sorted first
+    if "best" in result:
+        settings[f"Best {result['monitor']}"] = result["best"]
+    with suppress(OSError):  # a full disk, which has stopped the run
+        for logger in run.trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.log_hyperparams(settings, step=run.trainer.global_step)
+                logger.save()
 
 
 def log_end(config: DictConfig, result: dict[str, Any]) -> None:
@@ -144,7 +149,8 @@ def log_failure(run: Plan, error: Exception) -> None:
         file = run.folder / "nonfinite.json"
         texts = [run.module.tokenizer.decode(row) for row in error.tokens.tolist()]
         facts = {"step": error.step, "lr": error.lr, "loss": error.loss, "grad_norm": error.grad_norm, "texts": texts}
-        write_json(file, facts)
+        if run.trainer.is_global_zero:
+            write_json(file, facts)
         log.warning(f"the batch begins with {texts[0][:60]!r}; all of it is in {display_path(file)}")
     else:
         log.warning(f"{type(error).__name__}: {one_line(str(error))}")

@@ -4,6 +4,7 @@ import math
 import signal
 import sys
 import time
+from contextlib import suppress
 from typing import Any
 
 from language_model.files import write_json
@@ -19,12 +20,16 @@ from language_model.training.module import NonFiniteError
 def fit(run: Plan) -> dict[str, Any]:
     """Train as planned, in the run's folder; return the result, which ``result.json`` also gets.
 
+    A run that is finished already only returns its result.
+
     Of several processes only the first writes to the folder, besides checkpoints.
 
     Raises:
         SystemExit: the run was interrupted; its status is 143 after SIGTERM and 130 after Ctrl-C.
         ConfigError: a gradient was not finite, or a file could not be written.
     """
+    if run.previous is not None and run.is_finished:
+        return run.previous.result
     if not run.trainer.is_global_zero:
         return train(run)
     with run_folder(run.folder, run.config, run.overrides, run.data.tokenizer):
@@ -39,13 +44,13 @@ def train(run: Plan) -> dict[str, Any]:
         "untrained_loss": announce.log_start(run),
         "versions": package_versions(),
     }
-    if run.trainer.is_global_zero and not run.folder_is_new:
+    if run.trainer.is_global_zero:
         logged = load_checkpoint(run.previous.checkpoint).get("logs", {}) if run.previous else {}
         truncate_logs(run.trainer, run.folder, logged)
     seconds_before = run.previous.result.get("seconds", 0.0) if run.previous else 0.0
     started = time.perf_counter() - seconds_before
     try:
-        result["status"] = train_to_the_end(run)
+        result["status"] = run_trainer(run)
     except SystemExit:
         result["status"] = "interrupted"
         raise
@@ -60,13 +65,13 @@ def train(run: Plan) -> dict[str, Any]:
         if run.trainer.is_global_zero:
             result |= collect_result(run)
             write_json(run.folder / "result.json", result)
-    if run.trainer.is_global_zero:
-        announce.log_hyperparameters(run, result)
+            with suppress(OSError):  # a full disk: the error that ended the run matters more
+                announce.log_hyperparameters(run, result)
     return result
 
 
-def train_to_the_end(run: Plan) -> str:
-    """Have Lightning train; return the status, finished or pruned. SystemExit if the run was interrupted."""
+def run_trainer(run: Plan) -> str:
+    """Run Lightning's trainer; return the status, finished or pruned. SystemExit if the run was interrupted."""
     try:
         run.trainer.fit(run.module, run.data, ckpt_path=run.checkpoint, weights_only=True)
     except SystemExit:  # lightning's, after SIGTERM and Ctrl-C, with other statuses

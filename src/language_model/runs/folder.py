@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from language_model.files import ROOT, display_path, modified_time, read_json, write_json
 from language_model.runs.config import ConfigError, did_you_mean, errors_for_key, flatten, name_or_timestamp
-from language_model.runs.moved_names import with_new_names
+from language_model.runs.moved_names import with_current_names
 from language_model.terminal import log
 
 RUNS = ROOT / "outputs" / "runs"
@@ -47,8 +47,8 @@ def find_run(key: str, run: str) -> Path:
 
 
 def read_config(folder: Path) -> DictConfig:
-    """Return a run's config, with the names of today."""
-    return OmegaConf.create(with_new_names(OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))))
+    """Return a run's config, with the current names of everything."""
+    return OmegaConf.create(with_current_names(OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))))
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
@@ -67,7 +67,7 @@ def read_result(folder: Path) -> dict[str, Any]:
 
 def read_job(folder: Path) -> dict[str, Any]:
     """Return what a sweep wrote about one of its jobs; empty for a run that belongs to no sweep."""
-    return read_json(folder / "job.json")
+    return with_current_names(read_json(folder / "job.json"))
 
 
 def update_job(folder: Path, **facts: Any) -> None:

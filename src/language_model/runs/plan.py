@@ -1,6 +1,6 @@
 """The plan of a run: everything that is decided before its first step, as one object.
 
-Nothing is written to disk while a plan is made, so a mistake in the settings leaves nothing behind. In a notebook:
+No run folder is created while a plan is made, so a mistake in the settings leaves none behind. In a notebook:
 
     from language_model import fit, plan
 
@@ -53,7 +53,6 @@ class Plan:
         trainer: Lightning's.
         steps: optimizer steps of the run; None for no limit.
         previous: what the folder already holds of this run; None for a new run.
-        folder_is_new: whether the folder does not exist yet.
     """
 
     config: DictConfig
@@ -65,7 +64,6 @@ class Plan:
     trainer: L.Trainer
     steps: int | None
     previous: PreviousRun | None
-    folder_is_new: bool
 
     @property
     def is_finished(self) -> bool:
@@ -102,7 +100,7 @@ def make_plan(config: DictConfig, typed: Sequence[str]) -> Plan:
     L.seed_everything(config.seed, workers=True, verbose=False)
     folder = choose_folder(config)
     config.folder = str(folder)
-    previous, folder_is_new = find_previous_run(folder), not folder.exists()
+    previous = find_previous_run(folder)
 
     data = build_data(config)
     choose_arithmetic(config)
@@ -117,7 +115,7 @@ def make_plan(config: DictConfig, typed: Sequence[str]) -> Plan:
         with errors_for_key("callbacks.sample.prompt"):
             data.tokenizer.encode(callbacks["sample"].prompt or data.default_prompt)
 
-    run = Plan(config, overrides, folder, data, module, callbacks, trainer, steps, previous, folder_is_new)
+    run = Plan(config, overrides, folder, data, module, callbacks, trainer, steps, previous)
     check_resume(run)
     return run
 
@@ -179,7 +177,7 @@ def choose_steps(config: DictConfig, data: TokenData) -> int | None:
 
 
 def choose_compile(config: DictConfig, network: nn.Module, steps: int | None) -> None:
-    """Fill in whether the network is compiled: where it repays; ConfigError if it is asked for and cannot be done."""
+    """Fill in whether the network is compiled: if it saves time; ConfigError if it is asked for and impossible."""
     device = hardware.device_type(config.trainer.accelerator)
     can_compile = hasattr(network, "compile_for_training")
     if config.compile is None:

@@ -7,14 +7,17 @@ from typing import Any, NamedTuple
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from language_model.files import ROOT, display_path, modified_time
-from language_model.runs.config import ConfigError, as_dict, errors_for_key, flatten
+from language_model.runs.config import ConfigError, as_dict, errors_for_key, explain_error, flatten, quote_override
 from language_model.runs.folder import find_run, lock_folder, read_result, read_settings
 from language_model.runs.load import load_checkpoint
-from language_model.runs.moved_names import with_new_names
+from language_model.runs.moved_names import with_current_names
 from language_model.terminal import log
 from language_model.training.module import LanguageModel
 
@@ -60,7 +63,7 @@ def resolve_resume(config: DictConfig, typed: Sequence[str]) -> tuple[DictConfig
         return config, typed
     folder = find_run("resume", config.resume)
     typed = [override for override in typed if override_key(override) not in ("resume", "name")]
-    saved = with_new_names([str(override) for override in OmegaConf.load(folder / "overrides.yaml")])
+    saved = with_current_names([str(override) for override in OmegaConf.load(folder / "overrides.yaml")])
     overrides = [old for old in saved if override_key(old) not in map(override_key, typed)] + typed
     config = compose(overrides)
     config.folder = str(folder)
@@ -68,11 +71,19 @@ def resolve_resume(config: DictConfig, typed: Sequence[str]) -> tuple[DictConfig
 
 
 def compose(overrides: Sequence[str]) -> DictConfig:
-    """Return a run's config from ``conf/train.yaml`` and overrides, in a script or in a notebook."""
-    if GlobalHydra.instance().is_initialized():
-        return hydra.compose("train", list(overrides))
-    with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return hydra.compose("train", list(overrides))
+    """Return a run's config from ``conf/train.yaml`` and overrides, in a script or in a notebook.
+
+    ConfigError for an override that is wrong.
+    """
+    overrides = [quote_override(override) for override in overrides]
+    name = str(HydraConfig.get().job.config_name) if HydraConfig.initialized() else "train"
+    try:
+        if GlobalHydra.instance().is_initialized():
+            return hydra.compose(name, overrides)
+        with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+            return hydra.compose(name, overrides)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(explain_error(error, name, overrides)) from error
 
 
 def override_key(override: str) -> str:
@@ -81,9 +92,10 @@ def override_key(override: str) -> str:
 
 
 def find_previous_run(folder: Path) -> PreviousRun | None:
-    """Return what a run left in its folder, locking the folder; None if the run is new.
+    """Return what a run left in its folder; None if the run is new.
 
-    ConfigError if the folder is another kind of folder, or has no checkpoint that can be read.
+    Locks the folder, and removes what an interrupted save left in it. ConfigError if the folder is of another kind, or
+    has no checkpoint that can be read.
     """
     checkpoints = folder / "checkpoints"
     if not folder.exists() or (rank_zero_only.rank and not (checkpoints / "last.ckpt").exists()):

@@ -26,7 +26,7 @@ class Comparison(NamedTuple):
     low: float  # the confidence interval of the difference
     high: float
     verdict: Literal["better", "worse", "undecided"]
-    more_seeds: int | None  # more_seeds seeds that would decide it; None if decided, or more than MAX_SEEDS
+    more_seeds: int | None  # further seeds that would decide it; None if decided, or more than MAX_SEEDS
 
 
 def compare(

@@ -85,7 +85,7 @@ def gradient_norms(folder: Path, runs: Sequence[Path]) -> None:
 def early_stopping(folder: Path, runs: Sequence[Path]) -> None:
     """Exercise 4: the epoch at which the loss stopped improving, and the best loss."""
     run, result = runs[0], read_result(runs[0])
-    monitor, most = read_settings(run)["monitor"], read_settings(run)["trainer.max_epochs"]
+    monitor, max_epochs = read_settings(run)["monitor"], read_settings(run)["trainer.max_epochs"]
     _, losses = read_points(run, monitor)
     best, waited, lines = float("inf"), 0, []
     for epoch, loss in enumerate(losses):
@@ -95,7 +95,9 @@ def early_stopping(folder: Path, runs: Sequence[Path]) -> None:
     if "stopped_early" in result:
         lines.append((f"Early stopping at epoch {len(losses) - 1}!", "the loss stops improving before epoch 100"))
     else:
-        lines.append((f"Completed all {most} epochs without early stopping.", "the loss stops improving before then"))
+        lines.append(
+            (f"Completed all {max_epochs} epochs without early stopping.", "the loss stops improving before then")
+        )
     restored = " (weights restored)" if result.get("restored_best") else ""
     lines.append((f"Best loss: {best:.4f}, of epoch {losses.index(best)}{restored}", "the best weights are restored"))
     write_table(folder, "Exercise 4: early stopping", lines)

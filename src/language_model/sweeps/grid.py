@@ -8,7 +8,7 @@ from pydantic import PositiveInt
 
 from language_model.files import display_path
 from language_model.runs.config import ConfigError
-from language_model.sweeps.sweep import Sweep, Values, interruptions_logged, job_is_finished, value_of, without_hydra
+from language_model.sweeps.sweep import Sweep, Values, handle_interruption, job_is_finished, value_of, without_hydra
 from language_model.terminal import log
 
 
@@ -25,17 +25,17 @@ def grid(sweep: Sweep, arguments: list[str], max_jobs: PositiveInt, params: dict
         ConfigError: an override is wrong, the folder holds another sweep, or some jobs did not finish.
     """
     asked = values_asked(sweep, arguments, max_jobs, params)
-    everything = sweep.check_same(asked)
-    jobs = sweep.jobs([dict(zip(asked, values, strict=True)) for values in product(*asked.values())], everything)
+    all_asked = sweep.check_same(asked)
+    jobs = sweep.jobs([dict(zip(asked, values, strict=True)) for values in product(*asked.values())], all_asked)
     configs = {job.folder: sweep.compose(job) for job in jobs}  # checks them all before the first one starts
     todo = [job for job in jobs if not job_is_finished(job.folder, without_hydra(configs[job.folder]))]
-    sweep.create_folder(everything, len(todo))
+    sweep.create_folder(all_asked, len(todo))
     for job in jobs:
         label = f"[{todo.index(job) + 1}/{len(todo)}] {job.folder.name}" if job in todo else ""
-        values = {key: value_of(configs[job.folder], key) for key in everything}
-        sweep.create_job(job, values, label, swept={key: values[key] for key in values if len(everything[key]) > 1})
+        values = {key: value_of(configs[job.folder], key) for key in all_asked}
+        sweep.create_job(job, values, label, swept={key: values[key] for key in values if len(all_asked[key]) > 1})
     log.info(f"sweep    {display_path(sweep.folder)}: {len(jobs)} jobs, {len(jobs) - len(todo)} of them finished")
-    with interruptions_logged(sweep.folder):
+    with handle_interruption(sweep.folder):
         sweep.launch(todo)
     sweep.log_summary(list(configs))
 

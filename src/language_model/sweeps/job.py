@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +31,7 @@ def run_job(config: DictConfig) -> None:
     update_job(folder, error=None)
     launcher = HydraConfig.get().launcher._target_.rpartition(".")[2]
     wants_own_gpu = launcher == "JoblibLauncher" and config.trainer.devices == "auto"
-    environment: AbstractContextManager[dict[str, str]] = (
-        reserve_gpu(folder.parent) if wants_own_gpu else nullcontext({})
-    )
+    environment = reserve_gpu(folder.parent) if wants_own_gpu else nullcontext[dict[str, str]]({})
     with environment as gpu:
         error = run_in_subprocess(folder, launcher, gpu)
     update_job(folder, error=error, ended=time.time())
@@ -59,9 +57,10 @@ def run_in_subprocess(folder: Path, launcher: str, environment: dict[str, str]) 
         launcher: class name of Hydra's launcher.
         environment: variables for the process, besides this one's.
     """
-    errors = folder / "stderr.txt"
+    errors, parent = folder / "stderr.txt", os.getppid()
     with errors.open("w", encoding="utf-8") as stderr:
-        status = wait_for(start_process(folder, launcher, environment, stderr), launcher)
+        process = start_process(folder, launcher, environment, stderr)
+        status = wait_for(process, parent if launcher == "JoblibLauncher" else None)
     lines = errors.read_text(encoding="utf-8", errors="replace").strip().splitlines()
     if not lines:
         errors.unlink()
@@ -88,13 +87,12 @@ def start_process(folder: Path, launcher: str, environment: dict[str, str], stde
     )
 
 
-def wait_for(process: subprocess.Popen[bytes], launcher: str) -> int:
-    """Return the process's exit status; when this process is interrupted, stop that one first."""
-    parent = os.getppid()
+def wait_for(process: subprocess.Popen[bytes], parent: int | None) -> int:
+    """Return the process's exit status; when this process is interrupted, or loses its parent, stop that one first."""
     with process:
         try:
             while process.poll() is None:
-                if launcher == "JoblibLauncher" and os.getppid() != parent:  # joblib's workers outlive the sweep
+                if parent is not None and os.getppid() != parent:  # joblib's workers outlive the sweep
                     process.terminate()
                     process.wait()
                     os._exit(1)

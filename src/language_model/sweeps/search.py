@@ -10,7 +10,7 @@ from language_model.runs.folder import read_result
 from language_model.runs.resume import COMPLETED
 from language_model.sweeps.study import Trials, distribution_of, end_values, was_non_finite
 from language_model.sweeps.summary import format_setting
-from language_model.sweeps.sweep import Job, Sweep, interruptions_logged, job_is_finished, without_hydra
+from language_model.sweeps.sweep import Job, Sweep, handle_interruption, job_is_finished, without_hydra
 from language_model.terminal import log
 
 
@@ -51,7 +51,7 @@ def search(
     with errors_for_key("hydra.sweeper"):
         trials = Trials(sweep.folder, spaces, sampler)
     log.info(f"search   {display_path(sweep.folder)}: {n_trials} trials, {num_done} of them done")
-    with interruptions_logged(sweep.folder), trials:
+    with handle_interruption(sweep.folder), trials:
         while batch := trials.next(n_jobs, n_trials):
             do_trials(sweep, trials, batch, fixed, n_trials)
     folders = [file.parent for file in sweep.folder.glob("trial-*/job.json")]

@@ -116,7 +116,7 @@ def trial_state(name: str) -> Any:
 
 
 def was_non_finite(folder: Path) -> bool:
-    """Whether a trial ended with a gradient that was not finite, which tells something about its values."""
+    """Whether a trial ended with a gradient that was not finite, so that its values are unsuitable."""
     return "NonFiniteError" in read_result(folder).get("error", "")
 
 

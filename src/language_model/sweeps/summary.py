@@ -88,11 +88,11 @@ def read(sweep: Path) -> list[Row]:
         for folder, job in jobs.items()
     }
     varied = [key for key in keys if len({values[key] for values in filled.values()}) > 1]
-    rows = [row(folder, job, {key: filled[folder][key] for key in varied}) for folder, job in jobs.items()]
+    rows = [job_row(folder, job, {key: filled[folder][key] for key in varied}) for folder, job in jobs.items()]
     return sorted(rows, key=lambda r: (r.value is None or r.status == "failed", r.value or 0.0, r.folder.name))
 
 
-def row(folder: Path, job: dict[str, Any], values: dict[str, str]) -> Row:
+def job_row(folder: Path, job: dict[str, Any], values: dict[str, str]) -> Row:
     """Return a job's row, with its `values` of the settings that vary."""
     result = read_result(folder)
     status = "failed" if job.get("error") else result.get("status", "")

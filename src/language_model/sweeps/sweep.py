@@ -25,6 +25,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from language_model.files import display_path, read_json, write_json
 from language_model.runs.config import ConfigError, build, check_config, errors_for_key, quote_override
 from language_model.runs.folder import read_job, read_result, read_settings, safe_folder_name, update_job
+from language_model.runs.moved_names import with_current_names
 from language_model.runs.resume import COMPLETED, can_change_on_resume, check_same_settings, is_finished
 from language_model.sweeps import summary
 from language_model.sweeps.summary import format_duration
@@ -82,7 +83,7 @@ class Sweep:
             return asked
         if not (self.folder / "sweep.json").is_file():
             raise ConfigError(f"name: {display_path(self.folder)} exists and is not a sweep; choose another name")
-        before: Values = read_json(self.folder / "sweep.json")["asked"]
+        before: Values = with_current_names(read_json(self.folder / "sweep.json"))["asked"]
         for key in dict.fromkeys((*before, *asked)):
             then, now = before.get(key, []), asked.get(key, [])
             same = then and now and (len(then) > 1 or then[0] in now)
@@ -136,12 +137,12 @@ class Sweep:
     def launch(self, jobs: list[Job]) -> None:
         """Have Hydra's launcher do the jobs; log the outcome of each."""
         if jobs:
-            with self.outcomes_logged([job.folder for job in jobs]):
+            with self.log_outcomes([job.folder for job in jobs]):
                 for done in self.launcher.launch([job.launch_overrides for job in jobs], initial_job_idx=0):
                     _ = done.return_value  # raises an error around a job; an error in a job is in its job.json
 
     @contextmanager
-    def outcomes_logged(self, folders: list[Path]) -> Iterator[None]:
+    def log_outcomes(self, folders: list[Path]) -> Iterator[None]:
         """Log a line for each job that ends meanwhile, wherever it runs, with an estimate of the time left."""
         waiting = {folder: read_job(folder).get("ended") for folder in folders}
         finished = threading.Event()
@@ -207,7 +208,7 @@ def value_of(config: DictConfig, key: str) -> str:
 
 
 @contextmanager
-def interruptions_logged(folder: Path) -> Iterator[None]:
+def handle_interruption(folder: Path) -> Iterator[None]:
     """Make SIGTERM end a sweep as Ctrl-C does: the jobs save and stop, and a line says how to resume."""
 
     def stop(signum: int, frame: Any) -> None:

@@ -1,11 +1,45 @@
-"""The files that metrics are logged to: their lengths at a checkpoint, and cutting them back to these."""
+"""The files that metrics are logged to, and cutting them back to their lengths at a checkpoint."""
 
 import csv
 import os
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from torch.utils.tensorboard.summary import hparams
+
+EVENT_FILES = "events.out.tfevents.*"
+
+# TensorBoard sorts the groups by name and opens the first two: these metrics get one after train and val.
+WATCHED = ("lr", "train/grad_norm", "train/mfu", "train/tokens_per_sec")
+
+
+class EventLogger(TensorBoardLogger):
+    """Writes event files and no other file; in TensorBoard the losses come first.
+
+    Args:
+        save_dir: the run's folder; its name is the run's name in TensorBoard.
+    """
+
+    def __init__(self, save_dir: str) -> None:
+        super().__init__(save_dir, name="", version="", default_hp_metric=False)
+
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        """Add metrics; those in `WATCHED` as ``watch/<name>``, the number of the epoch not at all."""
+        tags = {name: f"watch/{name.removeprefix('train/')}" if name in WATCHED else name for name in metrics}
+        super().log_metrics({tags[name]: value for name, value in metrics.items() if name != "epoch"}, step)
+
+    @rank_zero_only
+    def log_hyperparams(self, params: Any, metrics: Any = None, step: int | None = None) -> None:
+        """Add a row to HPARAMS; its columns are left to TensorBoard, which puts those first that differ."""
+        self.log_metrics(metrics or {}, step)
+        self.experiment._get_file_writer().add_summary(hparams(params, {})[1], step)
+
+    def save(self) -> None:
+        """Write what is still in memory."""
+        self.experiment.flush()
 
 
 def log_file_lengths(trainer: L.Trainer) -> dict[str, int]:
@@ -14,7 +48,7 @@ def log_file_lengths(trainer: L.Trainer) -> dict[str, int]:
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
             logger.experiment.flush()
-            for file in Path(logger.log_dir).iterdir():
+            for file in Path(logger.log_dir).glob(EVENT_FILES):
                 found[file.name] = file.stat().st_size
         elif isinstance(logger, CSVLogger):
             logger.save()
@@ -35,7 +69,9 @@ def truncate_logs(trainer: L.Trainer, folder: Path, length: dict[str, int]) -> N
         if not Path(logger.log_dir or "").resolve().is_relative_to(folder):
             continue
         if isinstance(logger, TensorBoardLogger):
-            for file in Path(logger.log_dir).glob("*"):
+            for file in (folder / "tensorboard").glob(EVENT_FILES):  # where earlier versions wrote them
+                file.replace(Path(logger.log_dir) / file.name)
+            for file in Path(logger.log_dir).glob(EVENT_FILES):
                 if file.name in length:
                     os.truncate(file, length[file.name])
                 else:

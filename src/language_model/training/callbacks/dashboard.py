@@ -11,19 +11,19 @@ from pydantic import PositiveInt
 
 from language_model.training.callbacks.throughput import Throughput
 
-# Charts that hold several metrics; the names are patterns.
+# Charts for several runs: a line for each run. The names of the metrics are patterns.
 LAYOUT = {
-    "run": {
-        "loss": ["Multiline", ["^train/loss$", "^val/loss$"]],
-        "learning rate and gradient norm": ["Multiline", ["^lr$", "^train/grad_norm$"]],
-        "learning rate, planned and done": ["Multiline", ["^schedule/lr$", "^lr$"]],
-        "loss over tokens seen": ["Multiline", ["^tokens_seen/train/loss$", "^tokens_seen/val/loss$"]],
+    "runs": {
+        "training loss": ["Multiline", ["^train/loss$"]],
+        "validation loss": ["Multiline", ["^val/loss$"]],
+        "learning rate, planned and actual": ["Multiline", ["^watch/lr_planned$", "^watch/lr$"]],
+        "gradient norm": ["Multiline", ["^watch/grad_norm$"]],
     }
 }
 
 
 class Dashboard(Callback):
-    """Charts of several metrics, the schedule ahead, losses over the tokens seen, and histograms if asked for.
+    """Charts of several runs, the planned learning rate, losses by tokens seen, and histograms if asked for.
 
     Args:
         histograms_every_n_steps: optimizer steps from one histogram of every weight and gradient to the next; None
@@ -40,11 +40,11 @@ class Dashboard(Callback):
         return {"begun": self._begun}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on."""
+        """Restore what `state_dict` returned."""
         self._begun = state_dict["begun"]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Lay out the charts, and draw the learning rates ahead."""
+        """Lay out the charts, and draw the planned learning rates."""
         self._last_step = trainer.global_step
         if self._begun:
             return
@@ -54,7 +54,7 @@ class Dashboard(Callback):
             writer.add_custom_scalars(LAYOUT)
             if np.isfinite(steps):
                 for step in np.unique(np.linspace(0, max(0, steps - 1), 200).astype(int)).tolist():
-                    writer.add_scalar("schedule/lr", pl_module.schedule(step), step)
+                    writer.add_scalar("watch/lr_planned", pl_module.schedule(step), step)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Add the training loss, at the steps that are logged."""
@@ -76,13 +76,13 @@ class Dashboard(Callback):
                 for name, weight in pl_module.network.named_parameters():
                     writer.add_histogram(f"weights/{name}", weight.detach().float(), step)
                     if weight.grad is not None:
-                        writer.add_histogram(f"gradients/{name}", weight.grad.float(), step)
+                        writer.add_histogram(f"weights_grad/{name}", weight.grad.float(), step)
 
     def _over_tokens(self, trainer: L.Trainer, metric: str) -> None:
         counts = [callback.tokens for callback in trainer.callbacks if isinstance(callback, Throughput)]
         if counts and metric in trainer.callback_metrics:
             for writer in writers(trainer):
-                writer.add_scalar(f"tokens_seen/{metric}", trainer.callback_metrics[metric], counts[0])
+                writer.add_scalar(f"x_axis_tokens/{metric}", trainer.callback_metrics[metric], counts[0])
 
 
 def writers(trainer: L.Trainer) -> Iterator[Any]:
