@@ -16,7 +16,7 @@ from language_model.training.hardware import describe_device, device_type
 @entry_point("benchmark_generate")
 def main(config: DictConfig) -> None:
     """Print the tokens per second with and without the cache, and the ratio."""
-    train = compose("train", [f"model={config.model}", f"model.max_seq_len={config.context}", "vocab_size=65"])
+    train = compose("train", [f"model={config.size}", f"model.max_seq_len={config.context}", "vocab_size=65"])
     device = torch.device(device_type("auto"))
     network = instantiate(train.model).eval().to(device)
     prompt = torch.zeros(1, dtype=torch.int64, device=device)
@@ -32,7 +32,7 @@ def main(config: DictConfig) -> None:
         print(f"round {i + 1}: {times}, {same}", flush=True)
     ratios = [without / cached for cached, without in zip(seconds[True], seconds[False], strict=True)]
     print(
-        f"{describe_device(device)}, model={config.model}, {config.max_new_tokens} tokens at context {config.context}:"
+        f"{describe_device(device)}, model={config.size}, {config.max_new_tokens} tokens at context {config.context}:"
     )
     for use_cache, name in ((True, "with cache"), (False, "without")):
         speeds = [config.max_new_tokens / each for each in seconds[use_cache]]
