@@ -59,7 +59,7 @@ def test_every_generator_comes_back(tmp_path: Path) -> None:
 
 def loggers(folder: Path) -> L.Trainer:
     made = [
-        EventLogger(folder, name="", version="", default_hp_metric=False),
+        EventLogger(str(folder)),
         CSVLogger(folder, name="", version="", flush_logs_every_n_steps=100),
     ]
     return L.Trainer(logger=made, accelerator="cpu", enable_checkpointing=False, barebones=False)
