@@ -112,7 +112,8 @@ def describe_device(device: torch.device) -> str:
         return f"{torch.cuda.get_device_name(device)} (cuda:{device.index})"
     if device.type == "cpu":
         name = cpu_capabilities().get("cpu_name") or platform.processor() or platform.machine()
-        return f"cpu ({name}, {torch.get_num_threads()} threads)"
+        threads = torch.get_num_threads()
+        return f"cpu ({name}, {threads} thread{'s' if threads > 1 else ''})"
     return str(device)
 
 
