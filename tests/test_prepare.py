@@ -33,7 +33,12 @@ def prepared(tmp_path: Path):
         if not file.exists() or file.read_bytes() != content.encode():
             file.write_bytes(content.encode())
         files = {k: settings.pop(k) for k in ("encoding", "newlines", "field") if k in settings}
-        defaults = {"val_fraction": 0.1, "end_of_text": False, "cache": tmp_path / "cache", "accept": lambda *_: None}
+        defaults = {
+            "val_fraction": 0.1,
+            "end_of_text": False,
+            "cache": tmp_path / "cache",
+            "check_split": lambda *_: None,
+        }
         return prepare(TextFiles(str(file), **files), val, make_tokenizer=tokenizer, **defaults | settings)
 
     return make

@@ -17,7 +17,7 @@ from language_model.data.windows import (
     WindowsInOrder,
     check_training,
     check_validation,
-    permuted,
+    permute,
 )
 
 
@@ -88,17 +88,17 @@ def test_too_few_tokens_for_a_window() -> None:
 @given(n=st.integers(1, 3_000), seed=st.integers(0, 2**32))
 def test_shuffled_is_a_permutation(n: int, seed: int) -> None:
     keys = np.random.SeedSequence(seed).generate_state(8, np.uint64)
-    whole = permuted(np.arange(n), n, keys)
+    whole = permute(np.arange(n), n, keys)
     assert np.array_equal(np.sort(whole), np.arange(n))
     some = np.arange(n).reshape(1, -1)[:, ::3]
-    assert np.array_equal(permuted(some, n, keys), whole[some])  # whatever is asked for together
+    assert np.array_equal(permute(some, n, keys), whole[some])  # whatever is asked for together
 
 
 @pytest.mark.parametrize("n", [10**11 + 3, 2**40, 2**40 + 1, 2**62])
 def test_shuffled_reaches_far_without_repeating(n: int) -> None:
     keys = np.random.SeedSequence(1).generate_state(8, np.uint64)
     positions = np.concatenate([np.arange(50_000), np.arange(n - 50_000, n)])
-    values = permuted(positions, n, keys)
+    values = permute(positions, n, keys)
     assert len(np.unique(values)) == 100_000
     assert values.min() >= 0
     assert values.max() < n
@@ -113,7 +113,7 @@ def test_shuffled_favours_no_order(n: int) -> None:
     at, after = np.zeros((n, n)), np.zeros((n, n))
     trials = 6_000
     for seed in range(trials):
-        order = permuted(np.arange(n), n, np.random.SeedSequence((5, seed)).generate_state(8, np.uint64))
+        order = permute(np.arange(n), n, np.random.SeedSequence((5, seed)).generate_state(8, np.uint64))
         at[np.arange(n), order] += 1
         after[order[:-1], order[1:]] += 1
     np.fill_diagonal(after, trials / n)

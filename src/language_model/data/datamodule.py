@@ -179,14 +179,14 @@ class TextData(TokenData):
         if end_of_text is None:
             end_of_text = train.has_jsonl
 
-        def accept(split: str, num_tokens: int) -> None:
+        def check_split(split: str, num_tokens: int) -> None:
             if split == "val":
                 check_validation(num_tokens, "the validation text")
             else:
                 check_training(num_tokens, seq_len)
                 ShuffledBatches(num_tokens - seq_len, stride, batch_size, seed, epoch=lambda: 0)
 
-        self.corpus = prepare(train, val, val_fraction, tokenizer, end_of_text, Path(cache), accept)
+        self.corpus = prepare(train, val, val_fraction, tokenizer, end_of_text, Path(cache), check_split)
         super().__init__(
             train.name,
             self.corpus.tokenizer,

@@ -55,7 +55,7 @@ def prepare(
     make_tokenizer: MakeTokenizer,
     end_of_text: bool,
     cache: Path,
-    accept: Callable[[str, int], None],
+    check_split: Callable[[str, int], None],
 ) -> Corpus:
     """Tokenize a corpus into a folder in `cache`, or find it there.
 
@@ -69,10 +69,10 @@ def prepare(
         make_tokenizer: called with the training text and `end_of_text`.
         end_of_text: whether each document ends with the tokenizer's token for that.
         cache: folder for prepared corpora.
-        accept: called with each split's name (train, val) and number of tokens; raises ValueError if these are too few.
+        check_split: called with each split's name (train, val) and number of tokens; ValueError if these are too few.
 
     Raises:
-        OSError, ValueError: as TextFiles, the tokenizer and `accept`, or for lack of space; nothing is left then.
+        OSError, ValueError: as TextFiles, the tokenizer and `check_split`, or for lack of space; nothing is left then.
     """
     files = train.files + (val.files if val else [])
     stamps = [file_stamp(file) for file in files]
@@ -82,7 +82,7 @@ def prepare(
     folder = next(cache.glob(f"*-{key}"), cache / f"{name}-{key}")  # whatever the text was called
     with new_folder(folder) as partial:
         if partial is not None:
-            facts, tokenizer = tokenize(train, val, val_fraction, make_tokenizer, end_of_text, accept, partial)
+            facts, tokenizer = tokenize(train, val, val_fraction, make_tokenizer, end_of_text, check_split, partial)
             if [file_stamp(file) for file in files] != stamps:
                 raise ValueError(f"{train.name} changed while it was read; start again")
             tokenizer.save(partial / "tokenizer.json")
@@ -90,7 +90,7 @@ def prepare(
             (partial / "corpus.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     corpus = load_corpus(folder)
     for split, facts_of_split in corpus.facts.items():
-        accept(split, facts_of_split["tokens"])
+        check_split(split, facts_of_split["tokens"])
     return corpus
 
 
@@ -134,38 +134,38 @@ def tokenize(
     val_fraction: float,
     make_tokenizer: MakeTokenizer,
     end_of_text: bool,
-    accept: Callable[[str, int], None],
+    check_split: Callable[[str, int], None],
     folder: Path,
 ) -> tuple[dict[str, dict[str, int]], Tokenizer]:
     """Write the splits' token files; return the facts about each split, and the tokenizer."""
-    everything = Section(train, "reading")
+    everything = TextRange(train, "reading")
     num_characters = sum(map(len, everything))
     if not num_characters:
         raise ValueError(f"{train.files[0]} is empty")
     cut = num_characters if val else int(num_characters * (1 - val_fraction))
-    tokenizer = make_tokenizer(Section(train, "learning the tokenizer of", 0, cut), end_of_text)
-    sections = {"train": Section(train, "tokenizing", 0, cut)}
+    tokenizer = make_tokenizer(TextRange(train, "learning the tokenizer of", 0, cut), end_of_text)
+    ranges = {"train": TextRange(train, "tokenizing", 0, cut)}
     if val or val_fraction:
-        sections["val"] = Section(val, "tokenizing") if val else Section(train, "tokenizing", cut, num_characters)
+        ranges["val"] = TextRange(val, "tokenizing") if val else TextRange(train, "tokenizing", cut, num_characters)
     facts = {}
-    for split, section in sections.items():
+    for split, text_range in ranges.items():
         ending = tokenizer.end_of_text if end_of_text else None
         try:
-            facts[split] = encode(section, tokenizer, ending, folder / f"{split}.bin")
+            facts[split] = encode(text_range, tokenizer, ending, folder / f"{split}.bin")
         except UnknownCharacterError as error:
             name = train.name if split == "train" else "the validation text"
             raise ValueError(f"{name}: {error}; tokenizer=byte and tokenizer=bpe accept any text") from None
-        accept(split, facts[split]["tokens"])
+        check_split(split, facts[split]["tokens"])
     return facts, tokenizer
 
 
-def encode(section: "Section", tokenizer: Tokenizer, ending: int | None, path: Path) -> dict[str, int]:
+def encode(text_range: "TextRange", tokenizer: Tokenizer, ending: int | None, path: Path) -> dict[str, int]:
     """Write the ids of a text, with `ending` after each document, to a new file; return the facts about it."""
     dtype = np.dtype(smallest_dtype(tokenizer.vocab_size)).newbyteorder("<")
     facts = {"documents": 0, "characters": 0, "bytes": 0, "tokens": 0}
     in_document = False
     with path.open("wb") as file:
-        for batch in batches(cut_at_spaces(section.pieces())):
+        for batch in batches(cut_at_spaces(text_range.pieces())):
             texts = [text for text, _ in batch]
             try:
                 encoded = tokenizer.encode_batch(texts)
@@ -184,7 +184,7 @@ def encode(section: "Section", tokenizer: Tokenizer, ending: int | None, path: P
     return facts
 
 
-class Section:
+class TextRange:
     """The characters from `start` to `end` of a text, in pieces; each iteration shows a progress bar."""
 
     def __init__(self, files: TextFiles, what: str, start: int = 0, end: int | None = None) -> None:

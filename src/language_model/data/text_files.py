@@ -78,7 +78,7 @@ class TextFiles:
             if ends_in(file, JSON_LINES):
                 for number, line in enumerate(split_lines(self._decoded(file, advance)), 1):
                     if line.strip():
-                        yield self._field_of(line, f"{file}, line {number:,}"), True
+                        yield self._document_text(line, f"{file}, line {number:,}"), True
             else:
                 newlines = io.IncrementalNewlineDecoder(None, translate=self.newlines == "normalise")
                 for text in self._decoded(file, advance):
@@ -113,7 +113,7 @@ class TextFiles:
                 if not content:
                     return
 
-    def _field_of(self, line: str, where: str) -> str:
+    def _document_text(self, line: str, where: str) -> str:
         try:
             document = json.loads(line)
         except json.JSONDecodeError as error:

@@ -45,10 +45,10 @@ class Windows(Dataset[tuple[Tensor, Tensor]]):
             batch = self.views[0][indices].astype(np.int64)
         else:
             batch = np.empty((len(indices), self.seq_len + 1), np.int64)
-            which = np.searchsorted(self.ends, indices, side="right")
-            for i in np.unique(which):
+            part_of_window = np.searchsorted(self.ends, indices, side="right")
+            for i in np.unique(part_of_window):
                 view = self.views[i]
-                batch[which == i] = view[indices[which == i] - self.ends[i] + len(view)]
+                batch[part_of_window == i] = view[indices[part_of_window == i] - self.ends[i] + len(view)]
         windows = torch.from_numpy(batch)
         return windows[:, :-1], windows[:, 1:]
 
@@ -67,8 +67,8 @@ class WindowsInOrder(Windows):
     def __getitems__(self, indices: np.ndarray) -> tuple[Tensor, Tensor]:
         """Gather a whole batch at once: indices (B,) -> inputs, targets, each (B, seq_len)."""
         batch = np.full((len(indices), self.seq_len + 1), IGNORE_INDEX, np.int64)
-        which = np.searchsorted(self.ends, indices, side="right")
-        for row, i, index in zip(batch, which, indices, strict=True):
+        part_of_window = np.searchsorted(self.ends, indices, side="right")
+        for row, i, index in zip(batch, part_of_window, indices, strict=True):
             start = (index - (self.ends[i - 1] if i else 0)) * self.seq_len
             window = np.asarray(self.parts[i])[start : start + self.seq_len + 1]
             row[: len(window)] = window
@@ -76,7 +76,7 @@ class WindowsInOrder(Windows):
         return windows[:, :-1].clamp(min=0), windows[:, 1:]
 
 
-def permuted(positions: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
+def permute(positions: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
     """Return the values at these positions of a permutation of 0 to n - 1: int64, of the same shape.
 
     The permutation is a function of (n, keys), and only these values are computed: by a Feistel network on pairs
@@ -146,7 +146,7 @@ class ShuffledBatches(Sampler[np.ndarray]):
         for first in range(self.done(), len(self), chunk):
             batches = np.arange(first, min(first + chunk, len(self))) * self.world_size + self.rank
             positions = batches[:, None] * self.batch_size + np.arange(self.batch_size)
-            yield from int(offset % self.stride) + self.stride * permuted(positions, self.num_windows, np.array(keys))
+            yield from int(offset % self.stride) + self.stride * permute(positions, self.num_windows, np.array(keys))
 
 
 def check_training(num_tokens: int, seq_len: int) -> None:
