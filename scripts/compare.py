@@ -10,10 +10,11 @@ from omegaconf import DictConfig
 from pydantic import Field
 from rich.table import Table
 
-from language_model.files import display_path, read_json, write_json
+from language_model.files import display_path, write_json
 from language_model.pages.plots import Interval, plot_intervals
 from language_model.runs.config import ConfigError, as_dict, check_values, did_you_mean, entry_point, errors_for_key
-from language_model.runs.folder import SWEEPS
+from language_model.runs.folder import SWEEPS, read_facts
+from language_model.runs.moved_names import with_current_names
 from language_model.sweeps import summary
 from language_model.sweeps.compare import MAX_SEEDS, POWER, compare_settings
 from language_model.terminal import log, setup_logging, terminal
@@ -35,7 +36,7 @@ def main(config: DictConfig) -> None:
     setup_logging()
     folder = find_sweep(str(config.sweep))
     rows = summary.read(folder)
-    asked = read_json(folder / "sweep.json")["asked"]
+    asked = with_current_names(read_facts(folder / "sweep.json"))["asked"]
     first = next(iter(asked.get(config.by, [])), None)
     baseline = first if config.baseline is None else str(config.baseline)
     comparisons = compare_settings(rows, config.by, baseline, config.confidence)

@@ -67,3 +67,50 @@ def test_what_a_notebook_does_not_find() -> None:
 def test_a_plan_takes_what_the_command_line_takes(tmp_path: Path) -> None:
     run = language_model.plan(*TINY, f"folder={tmp_path / 'run'}", "callbacks.sample.prompt=Shall 'I")
     assert run.config.callbacks.sample.prompt == "Shall 'I"
+
+
+def test_a_plan_is_carried_out_only_once(tmp_path: Path) -> None:
+    run = language_model.plan(*TINY, f"folder={tmp_path / 'run'}")
+    language_model.fit(run)
+    files = {file: file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()}
+    with pytest.raises(ConfigError, match="carried out already: make a new one"):
+        language_model.fit(run)
+    assert {file: file.read_bytes() for file in files} == files
+
+
+def test_two_plans_of_one_folder_do_not_overwrite_each_other(tmp_path: Path) -> None:
+    folder = f"folder={tmp_path / 'run'}"
+    first, second = language_model.plan(*TINY, folder), language_model.plan(*TINY, folder, "model.d_ff=8")
+    language_model.fit(first)
+    before = (tmp_path / "run" / "config.yaml").read_text()
+    with pytest.raises(ConfigError, match="another process has trained in"):
+        language_model.fit(second)
+    assert (tmp_path / "run" / "config.yaml").read_text() == before
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", "text: [", "nothing"])
+@pytest.mark.parametrize("name", ["result.json", "config.yaml"])
+def test_a_damaged_file_of_a_run_is_named(tmp_path: Path, name: str, content: str) -> None:
+    overrides = (*TINY, f"folder={tmp_path / 'run'}")
+    language_model.fit(language_model.plan(*overrides))
+    (tmp_path / "run" / name).write_text(content)
+    with pytest.raises(ConfigError, match=f"{name} is damaged") as error:
+        language_model.plan(*overrides)
+    assert "\n" not in str(error.value)
+
+
+def test_a_full_disk_leaves_the_files_of_a_run_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    overrides = (*TINY, f"folder={tmp_path / 'run'}")
+    language_model.fit(language_model.plan(*overrides))
+    before = (tmp_path / "run" / "config.yaml").read_text()
+    run = language_model.plan(*overrides, "trainer.max_epochs=3", "total_steps=16")
+
+    def full(path: Path, content: str, **_: object) -> None:
+        path.write_bytes(content[:10].encode())
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(ConfigError, match=r"folder: .*no space left on device"):
+        language_model.fit(run)
+    assert (tmp_path / "run" / "config.yaml").read_text() == before
+    assert not list((tmp_path / "run").glob("*.tmp"))

@@ -55,7 +55,12 @@ def test_every_moved_name_is_one_of_today() -> None:
 
 
 def test_names_of_earlier_versions_are_read_as_those_of_today(tmp_path: Path) -> None:
-    old = {"model": {"_target_": "language_model.gpt.GPT", "attention": "plain"}, "data": {"path": "a=b"}}
+    old = {
+        "model": {"_target_": "language_model.gpt.GPT", "attention": "plain"},
+        "data": {"path": "a=b"},
+        "trainer": {},
+        "optimizer": {},
+    }
     OmegaConf.save(OmegaConf.create(old), tmp_path / "config.yaml")
     model = {"_target_": "language_model.model.gpt.GPT", "attention": "unfused"}
     assert read_config(tmp_path).model == model

@@ -16,8 +16,11 @@ LARGE = 1 << 26  # size in bytes of a file whose facts are cached
 def write_text(file: Path, content: str) -> None:
     """Write a file and move it into place in one step: other processes see the old file or the new one, whole."""
     temporary = file.with_name(f"{file.name}.tmp")
-    temporary.write_text(content, encoding="utf-8")
-    temporary.replace(file)
+    try:
+        temporary.write_text(content, encoding="utf-8")
+        temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_json(file: Path, content: dict[str, Any]) -> None:

@@ -14,6 +14,8 @@ from typing import Any, Protocol, Self
 import numpy as np
 from pydantic import PositiveInt
 
+from language_model.files import write_text
+
 END_OF_TEXT = "<|endoftext|>"
 
 
@@ -79,7 +81,7 @@ class Tokenizer(ABC):
 
     def save(self, path: Path) -> None:
         """Write the tokenizer to a JSON file, which `load_tokenizer` reads."""
-        path.write_text(self.to_json() + "\n", encoding="utf-8")
+        write_text(path, self.to_json() + "\n")
 
     @property
     def fingerprint(self) -> str:

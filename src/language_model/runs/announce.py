@@ -134,8 +134,9 @@ def log_end(config: DictConfig, result: dict[str, Any]) -> None:
         log.info("\n" + result["sample"].strip("\n"))
     log.info("")
     log.info(f"look     tensorboard --logdir {shlex.quote(display_path(folder.parent))}")
-    if config.trainer.max_epochs > 0:
-        log.info(f"longer   {resume_command(folder, f'trainer.max_epochs={2 * config.trainer.max_epochs}')}")
+    limit = "max_steps" if config.trainer.max_steps > 0 else "max_epochs"
+    if config.trainer[limit] > 0:
+        log.info(f"longer   {resume_command(folder, f'trainer.{limit}={2 * config.trainer[limit]}')}")
 
 
 def log_interrupted(run: Plan) -> None:

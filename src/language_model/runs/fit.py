@@ -9,7 +9,7 @@ from typing import Any
 
 from language_model.files import write_json
 from language_model.runs import announce
-from language_model.runs.config import ConfigError
+from language_model.runs.config import ConfigError, errors_for_key
 from language_model.runs.folder import package_versions, run_folder
 from language_model.runs.load import load_checkpoint
 from language_model.runs.plan import Plan
@@ -26,13 +26,15 @@ def fit(run: Plan) -> dict[str, Any]:
 
     Raises:
         SystemExit: the run was interrupted; its status is 143 after SIGTERM and 130 after Ctrl-C.
-        ConfigError: a gradient was not finite, or a file could not be written.
+        ConfigError: a gradient was not finite, a file could not be written, or the plan was carried out before.
     """
+    if run.trainer.state.fn is not None:
+        raise ConfigError("this plan has been carried out already: make a new one, with the same overrides, to resume")
     if run.previous is not None and run.is_finished:
         return run.previous.result
     if not run.trainer.is_global_zero:
         return train(run)
-    with run_folder(run.folder, run.config, run.overrides, run.data.tokenizer):
+    with run_folder(run.folder, run.config, run.overrides, run.data.tokenizer, is_new=run.previous is None):
         return train(run)
 
 
@@ -64,7 +66,8 @@ def train(run: Plan) -> dict[str, Any]:
         result["seconds"] = time.perf_counter() - started
         if run.trainer.is_global_zero:
             result |= collect_result(run)
-            write_json(run.folder / "result.json", result)
+            with errors_for_key("folder"):
+                write_json(run.folder / "result.json", result)
             with suppress(OSError):  # a full disk: the error that ended the run matters more
                 announce.log_hyperparameters(run, result)
     return result

@@ -15,9 +15,11 @@ from typing import Any
 from filelock import FileLock, Timeout
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
-from language_model.files import ROOT, display_path, modified_time, read_json, write_json
-from language_model.runs.config import ConfigError, did_you_mean, errors_for_key, flatten, name_or_timestamp
+from language_model.files import ROOT, display_path, modified_time, read_json, write_json, write_text
+from language_model.runs.config import ConfigError, did_you_mean, errors_for_key, flatten, name_or_timestamp, one_line
 from language_model.runs.moved_names import with_current_names
 from language_model.terminal import log
 
@@ -47,8 +49,29 @@ def find_run(key: str, run: str) -> Path:
 
 
 def read_config(folder: Path) -> DictConfig:
-    """Return a run's config, with the current names of everything."""
-    return OmegaConf.create(with_current_names(OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))))
+    """Return a run's config, with the current names of everything; ConfigError if the file is damaged."""
+    content = read_yaml(folder / "config.yaml")
+    if not isinstance(content, dict) or not {"model", "data", "trainer", "optimizer"} <= content.keys():
+        raise ConfigError(f"{display_path(folder / 'config.yaml')} is damaged, or not a run's config")
+    return OmegaConf.create(with_current_names(content))
+
+
+def read_yaml(file: Path) -> Any:
+    """Return what a YAML file holds; ConfigError if it is missing or damaged."""
+    try:
+        return OmegaConf.to_container(OmegaConf.load(file))
+    except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"{display_path(file)} is damaged: {one_line(str(error))}") from error
+
+
+def read_facts(file: Path) -> dict[str, Any]:
+    """Return what a JSON file of a run or a sweep holds, empty if there is none; ConfigError if it is damaged."""
+    try:
+        facts = read_json(file)
+        assert isinstance(facts, dict), "not a JSON object"
+    except (ValueError, AssertionError) as error:
+        raise ConfigError(f"{display_path(file)} is damaged: {one_line(str(error))}") from error
+    return facts
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
@@ -59,7 +82,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
 
 def read_result(folder: Path) -> dict[str, Any]:
     """Return a run's result; empty if it has none yet."""
-    result = read_json(folder / "result.json")
+    result = read_facts(folder / "result.json")
     if "guessing_loss" in result:  # its name in older runs
         result["uniform_baseline"] = result.pop("guessing_loss")
     return result
@@ -67,7 +90,7 @@ def read_result(folder: Path) -> dict[str, Any]:
 
 def read_job(folder: Path) -> dict[str, Any]:
     """Return what a sweep wrote about one of its jobs; empty for a run that belongs to no sweep."""
-    return with_current_names(read_json(folder / "job.json"))
+    return with_current_names(read_facts(folder / "job.json"))
 
 
 def update_job(folder: Path, **facts: Any) -> None:
@@ -111,14 +134,23 @@ def lock_folder(folder: Path) -> None:
 
 
 @contextmanager
-def run_folder(folder: Path, config: DictConfig, overrides: list[str], tokenizer: Any) -> Iterator[None]:
-    """Create a run's folder with its config and tokenizer, and copy the log inside to ``train.log``."""
+def run_folder(
+    folder: Path, config: DictConfig, overrides: list[str], tokenizer: Any, is_new: bool = True
+) -> Iterator[None]:
+    """Create a run's folder with its config and tokenizer, and copy the log inside to ``train.log``.
+
+    ConfigError if a run `is_new` and another process has trained in its folder since it was planned.
+    """
     with errors_for_key("folder"):
         folder.mkdir(parents=True, exist_ok=True)
         lock_folder(folder)
-        OmegaConf.save(OmegaConf.create(overrides), folder / "overrides.yaml")
+        if is_new and any((folder / "checkpoints").glob("*.ckpt")):
+            raise ConfigError(
+                f"name: another process has trained in {display_path(folder)} meanwhile; the same command resumes it"
+            )
+        write_text(folder / "overrides.yaml", OmegaConf.to_yaml(OmegaConf.create(overrides)))
         tokenizer.save(folder / "tokenizer.json")
-        OmegaConf.save(config, folder / "config.yaml", resolve=True)
+        write_text(folder / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
     handler = logging.FileHandler(folder / "train.log", encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     log.addHandler(handler)

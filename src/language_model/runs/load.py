@@ -13,6 +13,7 @@ from language_model.data.tokenizer_file import load_tokenizer
 from language_model.files import display_path
 from language_model.runs.config import ConfigError, build, errors_for_key, one_line
 from language_model.runs.folder import all_runs, find_run, read_config, read_result
+from language_model.terminal import log
 from language_model.training.hardware import best_attention
 from language_model.training.module import CHECKPOINT_FORMAT
 
@@ -97,8 +98,14 @@ def best_run() -> Path:
         return config.monitor, *data.values(), config.tokenizer
 
     latest = comparable(find_run("run", "latest"))
-    found = {folder: read_result(folder).get("best") for folder in all_runs()}
-    scores = {folder: score for folder, score in found.items() if score is not None and comparable(folder) == latest}
+    scores: dict[Path, float] = {}
+    for folder in all_runs():
+        try:
+            score = read_result(folder).get("best")
+            if score is not None and comparable(folder) == latest:
+                scores[folder] = score
+        except ConfigError as error:
+            log.warning(f"{error}; this run is left out")
     if not scores:
         raise ConfigError("run=best: no run on the latest run's data has a best checkpoint")
     return min(scores, key=lambda folder: scores[folder])

@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from language_model.files import ROOT, display_path, modified_time
 from language_model.runs.config import ConfigError, as_dict, errors_for_key, explain_error, flatten, quote_override
-from language_model.runs.folder import find_run, lock_folder, read_result, read_settings
+from language_model.runs.folder import find_run, lock_folder, read_result, read_settings, read_yaml
 from language_model.runs.load import load_checkpoint
 from language_model.runs.moved_names import with_current_names
 from language_model.terminal import log
@@ -59,11 +59,11 @@ def resolve_resume(config: DictConfig, typed: Sequence[str]) -> tuple[DictConfig
     With ``resume=<a run>`` these are that run's own, with the typed overrides on top; else the config as it is.
     """
     typed = [override for override in typed if override_key(override) != "folder"]
-    if not config.resume or Path(config.resume).is_file():
+    if config.resume is None or Path(str(config.resume)).is_file():
         return config, typed
-    folder = find_run("resume", config.resume)
+    folder = find_run("resume", str(config.resume))
     typed = [override for override in typed if override_key(override) not in ("resume", "name")]
-    saved = with_current_names([str(override) for override in OmegaConf.load(folder / "overrides.yaml")])
+    saved = with_current_names([str(override) for override in read_yaml(folder / "overrides.yaml")])
     overrides = [old for old in saved if override_key(old) not in map(override_key, typed)] + typed
     config = compose(overrides)
     config.folder = str(folder)

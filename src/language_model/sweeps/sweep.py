@@ -22,9 +22,9 @@ from hydra.core.override_parser.types import Override
 from hydra.plugins.launcher import Launcher
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
-from language_model.files import display_path, read_json, write_json
+from language_model.files import display_path, write_json
 from language_model.runs.config import ConfigError, build, check_config, errors_for_key, quote_override
-from language_model.runs.folder import read_job, read_result, read_settings, safe_folder_name, update_job
+from language_model.runs.folder import read_facts, read_job, read_result, read_settings, safe_folder_name, update_job
 from language_model.runs.moved_names import with_current_names
 from language_model.runs.resume import COMPLETED, can_change_on_resume, check_same_settings, is_finished
 from language_model.sweeps import summary
@@ -83,7 +83,7 @@ class Sweep:
             return asked
         if not (self.folder / "sweep.json").is_file():
             raise ConfigError(f"name: {display_path(self.folder)} exists and is not a sweep; choose another name")
-        before: Values = with_current_names(read_json(self.folder / "sweep.json"))["asked"]
+        before: Values = with_current_names(read_facts(self.folder / "sweep.json"))["asked"]
         for key in dict.fromkeys((*before, *asked)):
             then, now = before.get(key, []), asked.get(key, [])
             same = then and now and (len(then) > 1 or then[0] in now)
