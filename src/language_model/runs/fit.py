@@ -7,12 +7,13 @@ import time
 from contextlib import suppress
 from typing import Any
 
-from language_model.files import write_json
+from language_model.files import display_path, write_json
 from language_model.runs import announce
 from language_model.runs.config import ConfigError, errors_for_key
 from language_model.runs.folder import package_versions, run_folder
 from language_model.runs.load import load_checkpoint
 from language_model.runs.plan import Plan
+from language_model.terminal import log
 from language_model.training.log_files import truncate_logs
 from language_model.training.module import NonFiniteError
 
@@ -31,6 +32,7 @@ def fit(run: Plan) -> dict[str, Any]:
     if run.trainer.state.fn is not None:
         raise ConfigError("this plan has been carried out already: make a new one, with the same overrides, to resume")
     if run.previous is not None and run.is_finished:
+        log.info(f"finished {display_path(run.folder)}: nothing is left to train")
         return run.previous.result
     if not run.trainer.is_global_zero:
         return train(run)

@@ -51,7 +51,7 @@ def find_run(key: str, run: str) -> Path:
 def read_config(folder: Path) -> DictConfig:
     """Return a run's config, with the current names of everything; ConfigError if the file is damaged."""
     content = read_yaml(folder / "config.yaml")
-    if not isinstance(content, dict) or not {"model", "data", "trainer", "optimizer"} <= content.keys():
+    if not isinstance(content, dict) or not content.keys() & {"model", "data", "trainer", "optimizer"}:
         raise ConfigError(f"{display_path(folder / 'config.yaml')} is damaged, or not a run's config")
     return OmegaConf.create(with_current_names(content))
 

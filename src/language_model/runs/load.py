@@ -44,6 +44,8 @@ def load_run(run: str | Path = "latest", checkpoint: str = "best", device: str |
     file = Path(checkpoint) if checkpoint not in ("best", "last") else folder / "checkpoints" / f"{checkpoint}.ckpt"
     if not file.is_file():
         available = ", ".join(sorted(path.stem for path in (folder / "checkpoints").glob("*.ckpt"))) or "none"
+        if checkpoint == "best" and "last" in available:
+            available += "; the run ended before its first validation"
         raise ConfigError(f"checkpoint={checkpoint}: {display_path(file)} does not exist; available: {available}")
     content = load_checkpoint(file, device="cpu")
     if content.get("format", 1) > CHECKPOINT_FORMAT:

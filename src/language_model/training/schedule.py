@@ -79,5 +79,5 @@ def check_warmup(warmup_steps: int, total_steps: int) -> None:
     if warmup_steps > total_steps:
         raise ValueError(
             f"warmup_steps={warmup_steps} is longer than the run of total_steps={total_steps}; "
-            f"allowed: 0 to {total_steps}"
+            f"allowed: 0 to {total_steps}; set schedule.warmup_steps, or train longer"
         )
