@@ -68,9 +68,10 @@ def read_facts(file: Path) -> dict[str, Any]:
     """Return what a JSON file of a run or a sweep holds, empty if there is none; ConfigError if it is damaged."""
     try:
         facts = read_json(file)
-        assert isinstance(facts, dict), "not a JSON object"
-    except (ValueError, AssertionError) as error:
+    except ValueError as error:
         raise ConfigError(f"{display_path(file)} is damaged: {one_line(str(error))}") from error
+    if not isinstance(facts, dict):
+        raise ConfigError(f"{display_path(file)} is damaged: it is not a JSON object")
     return facts
 
 
