@@ -6,7 +6,8 @@ prepared corpus.
 
 from omegaconf import DictConfig
 
-from language_model.runs.config import ConfigError, build, check_config, entry_point
+from language_model.runs.command_line import entry_point
+from language_model.runs.config import ConfigError, build, check_config
 
 
 @entry_point("prepare")

@@ -7,9 +7,10 @@ import os
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
-from language_model.runs.config import build, entry_point
+from language_model.runs.command_line import entry_point
+from language_model.runs.config import build
 
 
 @entry_point("train")
@@ -20,7 +21,7 @@ def main(config: DictConfig) -> None:
 
         run_job(config)
     else:
-        train(config, [str(override) for override in HydraConfig.get().overrides.task])
+        train(config, OmegaConf.to_container(HydraConfig.get().overrides.task))
 
 
 def train(config: DictConfig, overrides: list[str]) -> None:

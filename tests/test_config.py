@@ -9,17 +9,8 @@ from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf
 from pydantic import PositiveInt
 
-from language_model.runs.config import (
-    ROOT,
-    ConfigError,
-    as_dict,
-    build,
-    check_config,
-    entry_point,
-    flatten,
-    name_or_timestamp,
-    quote_override,
-)
+from language_model.runs.command_line import entry_point, quote_override
+from language_model.runs.config import ROOT, ConfigError, as_dict, build, check_config, flatten, name_or_timestamp
 
 CONF = ROOT / "conf"
 GROUPS = sorted(f"{path.parent.name}={path.stem}" for path in CONF.glob("*/*.yaml"))

@@ -22,7 +22,8 @@ from sybil.evaluators.python import PythonEvaluator
 from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser
 
 from language_model.runs import folder
-from language_model.runs.config import check_config, check_values, quote_override
+from language_model.runs.command_line import quote_override
+from language_model.runs.config import check_config, check_values
 
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 EXECUTED = [page for page in PAGES if page.name != "extend.md" and "```python" in page.read_text("utf-8")]

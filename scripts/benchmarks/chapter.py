@@ -13,20 +13,24 @@ import torch
 import torch.nn.functional as F
 from measure import BENCHMARKS, median_text, range_text, run_in_new_process, save_figures, train
 from omegaconf import DictConfig
+from pydantic import PositiveInt
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from language_model.files import ROOT
-from language_model.runs.config import entry_point
+from language_model.runs.command_line import entry_point
+from language_model.runs.config import check_values
 from language_model.training.hardware import describe_device, has_bf16_units
 from language_model.training.schedule import warmup_cosine
 
+KEYS = {"rounds": PositiveInt, "epochs": PositiveInt}
 V, C, H, LAYERS, FF, T, B, P = 43, 64, 4, 4, 256, 64, 32, 0.1
 
 
 @entry_point("benchmark_chapter")
 def main(config: DictConfig) -> None:
     """Run the loop and the runs in turns; print medians and ratios to the plain loop, and save the figures."""
+    check_values(config, KEYS)
     plain = "plain loop, 32-true"
     functions = {plain: partial(run_in_new_process, plain_loop, config.epochs)}
     for precision in ["bf16-mixed"] * has_bf16_units("cpu") + ["32-true"]:

@@ -21,6 +21,7 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from measure import run_in_new_process, save_figures
 from omegaconf import DictConfig
+from pydantic import NonNegativeFloat, PositiveInt
 from torch import Tensor, nn
 
 from language_model.data.bpe import BPETokenizer
@@ -30,17 +31,27 @@ from language_model.data.text_files import TextFiles
 from language_model.data.token_files import TokenFile
 from language_model.data.tokenizer import ByteTokenizer, CharTokenizer, IdTokenizer
 from language_model.files import ROOT
-from language_model.runs.config import entry_point
+from language_model.runs.command_line import entry_point
+from language_model.runs.config import check_values, errors_for_key
 from language_model.training.hardware import best_precision, describe_device
 
+KEYS = {
+    "text_gb": NonNegativeFloat,
+    "tokens_gb": NonNegativeFloat,
+    "rounds": PositiveInt,
+    "folder": str,
+    "figures": str,
+}
 RECIPES = {"nano": (12, 64), "baby": (64, 256)}  # nanoGPT's: windows in a batch, tokens in a window
 
 
 @entry_point("benchmark_data")
 def main(config: DictConfig) -> None:
     """Prepare a text with each tokenizer, then load from a small and a large token file in turns."""
+    check_values(config, KEYS)
     folder = Path(config.folder)
-    folder.mkdir(parents=True)
+    with errors_for_key("folder"):
+        folder.mkdir(parents=True)
     figures: dict[str, Any] = {"machine": describe_device(torch.device("cpu"))}
     print(figures["machine"])
     try:

@@ -7,15 +7,20 @@ from hydra import compose
 from hydra.utils import instantiate
 from measure import median_text, range_text
 from omegaconf import DictConfig
+from pydantic import PositiveInt
 
 from language_model.model.generate import generate
-from language_model.runs.config import entry_point
+from language_model.runs.command_line import entry_point
+from language_model.runs.config import check_values
 from language_model.training.hardware import describe_device, device_type
+
+KEYS = {"size": str, "context": PositiveInt, "max_new_tokens": PositiveInt, "rounds": PositiveInt}
 
 
 @entry_point("benchmark_generate")
 def main(config: DictConfig) -> None:
     """Print the tokens per second with and without the cache, and the ratio."""
+    check_values(config, KEYS)
     train = compose("train", [f"model={config.size}", f"model.max_seq_len={config.context}", "vocab_size=65"])
     device = torch.device(device_type("auto"))
     network = instantiate(train.model).eval().to(device)

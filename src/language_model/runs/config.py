@@ -6,27 +6,20 @@ and the types and ranges in their annotations (by pydantic). So a class that a u
 
 import datetime
 import difflib
-import functools
 import inspect
 import json
-import os
 import pkgutil
 import re
 import secrets
-import sys
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import hydra
-from hydra.core.global_hydra import GlobalHydra
-from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException, InstantiationException, MissingConfigException
-from hydra.types import RunMode
+from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 from pydantic import (
     ConfigDict,
     Field,
@@ -37,6 +30,7 @@ from pydantic import (
 from pydantic import ValidationError as PydanticError
 
 from language_model.files import ROOT
+from language_model.runs.values import ALLOWED, Allowed, non_finite_numbers
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.=,+-]*$", max_length=100)]
 
@@ -44,20 +38,14 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.=,+-]*$", max_len
 SETTINGS: dict[str, Any] = {
     "name": Name | int | None,
     "seed": Annotated[int, Field(ge=0, lt=2**32)],  # numpy's limit
-    "resume": str | None,
-    "folder": str | None,
+    "resume": Annotated[str, Field(min_length=1)] | int | None,
+    "folder": Annotated[str, Field(min_length=1)] | None,
     "vocab_size": PositiveInt | None,
     "total_steps": PositiveInt | None,
     "monitor": str | None,
+    "monitor_mode": Literal["min", "max"] | None,
     "compile": bool | None,
     "exercise": None,  # or a node, checked as every node
-}
-
-# The packages of Hydra's launchers.
-LAUNCHERS = {
-    "joblib": "hydra-joblib-launcher",
-    "submitit_slurm": "hydra-submitit-launcher",
-    "submitit_local": "hydra-submitit-launcher",
 }
 
 
@@ -73,67 +61,6 @@ OmegaConf.register_new_resolver("name_or_timestamp", name_or_timestamp, use_cach
 
 class ConfigError(Exception):
     """A mistake that the user can correct; its message is one line."""
-
-
-def entry_point(
-    config_name: str, literal: tuple[str, ...] = ()
-) -> Callable[[Callable[[DictConfig], None]], Callable[[], None]]:
-    """Return a decorator that makes a function of a config a script's entry point.
-
-    Hydra composes the config from ``conf/<config_name>.yaml`` and the command line. A ConfigError, or an override that
-    Hydra refuses, ends the script with one line on stderr and exit status 1 (HYDRA_FULL_ERROR=1 adds the traceback).
-
-    Args:
-        config_name: file in ``conf``, without the suffix.
-        literal: keys whose values are taken as text, whatever characters they contain.
-    """
-
-    def decorate(task: Callable[[DictConfig], None]) -> Callable[[], None]:
-        @functools.wraps(task)
-        def job(config: DictConfig) -> None:
-            try:
-                task(config)
-            except ConfigError as error:
-                if HydraConfig.get().mode == RunMode.MULTIRUN:
-                    print(f"error: {error}", file=sys.stderr)
-                    raise  # the sweep continues with its other jobs and ends with the first error
-                if traceback_wanted:
-                    raise
-                sys.exit(f"error: {error}")
-
-        traceback_wanted = os.environ.get("HYDRA_FULL_ERROR", "0") != "0"
-        hydra_main = hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name=config_name)(job)
-
-        def main() -> None:
-            sys.argv[1:] = [quote_override(argument, literal) for argument in sys.argv[1:]]
-            if traceback_wanted:
-                return hydra_main()
-            os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise instead of printing several lines
-            try:
-                hydra_main()
-            except (ConfigError, HydraException, OmegaConfBaseException) as error:
-                sys.exit(f"error: {explain_error(error, config_name, sys.argv[1:])}")
-            finally:
-                os.environ["HYDRA_FULL_ERROR"] = "0"
-
-        return main
-
-    return decorate
-
-
-def quote_override(argument: str, literal: tuple[str, ...] = ()) -> str:
-    """Return an override with its value quoted if its key is `literal` or Hydra's grammar cannot parse the value."""
-    key, equals, value = argument.partition("=")
-    if not equals or argument.startswith("-") or (len(value) > 1 and value[0] == value[-1] and value[0] in "'\""):
-        return argument
-    if key not in literal:
-        try:
-            OverridesParser.create().parse_override(argument)
-            return argument
-        except HydraException:
-            pass
-    inner = re.sub(r"(\\*)('|$)", lambda match: 2 * match[1] + ("\\'" if match[2] else ""), value)
-    return f"{key}='{inner}'"
 
 
 def check_config(config: DictConfig) -> None:
@@ -167,13 +94,17 @@ def build(config: DictConfig, key: str, **arguments: Any) -> Any:
     if node is None:
         return None
     check_node(key, node)
-    with errors_for_key(key):
-        return hydra.utils.instantiate(node, **arguments, _convert_="all")
+    with errors_for_key(key, parameters=node):
+        escaped = escape_interpolations(escape_interpolations(node))  # Hydra resolves them twice
+        return hydra.utils.instantiate(escaped, **arguments, _convert_="all")
 
 
 @contextmanager
-def errors_for_key(key: str) -> Iterator[None]:
-    """Turn any exception inside into a ConfigError that names `key`."""
+def errors_for_key(key: str, parameters: Iterable[str] = ()) -> Iterator[None]:
+    """Turn any exception inside into a ConfigError that names `key`.
+
+    A message that begins with one of its `parameters`, as ``batch_size=32: ...``, names that key.
+    """
     try:
         yield
     except ConfigError:
@@ -183,15 +114,20 @@ def errors_for_key(key: str) -> Iterator[None]:
         message = one_line(str(cause)) or type(cause).__name__
         if isinstance(cause, OSError) and cause.filename:
             message = f"{cause.filename}: {(cause.strerror or message).lower()}"
-        if not isinstance(cause, ValueError | OSError) and type(cause).__name__ != "MisconfigurationException":
+        if isinstance(cause, TypeError) and "required positional argument" in message:
+            message += "; a part that gets more arguments later needs _partial_: true"
+        elif not isinstance(cause, ValueError | OSError) and type(cause).__name__ != "MisconfigurationException":
             message = f"{type(cause).__name__}: {message} (HYDRA_FULL_ERROR=1 shows where)"
-        raise ConfigError(f"{key}: {message}") from error
+        joint = "." if message.partition("=")[0] in parameters else ": "
+        raise ConfigError(f"{key}{joint}{message}") from error
 
 
 def check_node(path: str, node: Mapping[str, Any], allow_null: bool = False) -> None:
     """Check a node, and the nodes in it, against the parameters of their targets."""
     parameters: Mapping[str, Any] | None = None
+    allowed: Mapping[str, Allowed] = {}
     if "_target_" in node:
+        allowed = ALLOWED.get(node["_target_"], {})
         try:
             target = pkgutil.resolve_name(node["_target_"])
         except (ImportError, AttributeError, ValueError) as error:
@@ -213,15 +149,23 @@ def check_node(path: str, node: Mapping[str, Any], allow_null: bool = False) -> 
                 raise ConfigError(f"{here}: nothing takes this key{did_you_mean(key, node)}")
         elif key in parameters:
             if not (value is None and allow_null):
-                check_value(here, value, annotations.get(key, Any))
+                check_value(here, value, annotations.get(key, Any), allowed.get(key))
         elif all(p.kind != p.VAR_KEYWORD for p in parameters.values()):
             raise ConfigError(f"{here}: unknown key{did_you_mean(key, parameters)}")
 
 
-def check_value(path: str, value: Any, annotation: Any) -> None:
-    """Raise ConfigError unless a value matches an annotation, by JSON's strict rules (true is no number)."""
+def check_value(path: str, value: Any, annotation: Any, allowed: Allowed | None = None) -> None:
+    """Raise ConfigError unless a value matches an annotation, by JSON's strict rules (true is no number).
+
+    With `allowed`, that is what it must match. NaN and infinity are never allowed.
+    """
+    shown = f"{path}={value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}"
+    for number in non_finite_numbers(value):
+        raise ConfigError(f"{shown}: {number} is not a finite number")
     try:
-        adapter = TypeAdapter(annotation, config=ConfigDict(arbitrary_types_allowed=True))
+        adapter = TypeAdapter(
+            annotation if allowed is None else allowed.annotation, config=ConfigDict(arbitrary_types_allowed=True)
+        )
     except PydanticSchemaGenerationError:
         return  # an annotation that pydantic cannot check
     try:
@@ -236,31 +180,7 @@ def check_value(path: str, value: Any, annotation: Any) -> None:
                 if e["type"] != "needs_python_object"
             )
         )
-        raise ConfigError(f"{path}={json.dumps(value, ensure_ascii=False)}: {wanted}") from None
-
-
-def explain_error(error: Exception, config_name: str, arguments: list[str]) -> str:
-    """Return one line for an error of Hydra's, with what is allowed."""
-    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
-        group, _, choice = error.missing_cfg_file.rpartition("/")
-        if choice in LAUNCHERS:
-            return f"hydra/launcher={choice}: not installed; pip install {LAUNCHERS[choice]}"
-        options = error.options or [file.stem for file in (ROOT / "conf" / group).glob("*.yaml")]
-        return f"{group}={choice}: there is no such file in conf/{group}; choose from {', '.join(sorted(options))}"
-    unknown = re.search(r"Could not override '([^']+)'", str(error))
-    if not unknown:
-        return one_line(str(error))
-    groups = [a.split(",")[0] for a in arguments if (ROOT / "conf" / a.partition("=")[0]).is_dir() and "=" in a]
-    GlobalHydra.instance().clear()
-    try:
-        with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-            known = hydra.compose(config_name, groups)
-    except HydraException:  # the mistake is in a config file, not on the command line
-        return one_line(str(error))
-    parent, _, name = unknown[1].rpartition(".")
-    siblings = OmegaConf.select(known, parent) if parent else known
-    same_name = [key for key in flatten(OmegaConf.to_container(known)) if key.endswith(f".{name}")]
-    return f"{unknown[1]}: unknown key{did_you_mean(name, siblings or (), same_name)}"
+        raise ConfigError(f"{shown}: {f'allowed: {allowed.words}' if allowed else wanted}") from None
 
 
 def check_choice(key: str, value: str, known: Iterable[str]) -> None:
@@ -286,7 +206,23 @@ def as_dict(config: DictConfig) -> dict[str, Any]:
             raise ConfigError(f"{key}: a value is needed, as {key}=...")
         return OmegaConf.to_container(config, resolve=True)  # type: ignore[return-value]  # not a list
     except OmegaConfBaseException as error:
-        raise ConfigError(one_line(str(error))) from error
+        raise ConfigError(explain_interpolation(error)) from error
+
+
+def explain_interpolation(error: OmegaConfBaseException) -> str:
+    """Return one line for a ``${...}`` that cannot be replaced by a value, with its key."""
+    message = one_line((error.msg or str(error)).splitlines()[0])
+    escape = "; write \\${ for the characters ${" if isinstance(error, InterpolationResolutionError) else ""
+    return f"{error.full_key}: {message}{escape}" if error.full_key else message
+
+
+def escape_interpolations(value: Any) -> Any:
+    """Return a value of any nesting that OmegaConf resolves to the given one, with every ``${`` as it stands."""
+    if isinstance(value, dict):
+        return {key: escape_interpolations(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [escape_interpolations(inner) for inner in value]
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
 
 
 def flatten(tree: Any) -> dict[str, Any]:

@@ -14,7 +14,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from language_model.files import ROOT, display_path, modified_time
-from language_model.runs.config import ConfigError, as_dict, errors_for_key, explain_error, flatten, quote_override
+from language_model.runs.command_line import explain_error, override_key, quote_override
+from language_model.runs.config import ConfigError, as_dict, errors_for_key, flatten
 from language_model.runs.folder import find_run, lock_folder, read_result, read_settings, read_yaml
 from language_model.runs.load import load_checkpoint
 from language_model.runs.moved_names import with_current_names
@@ -33,8 +34,8 @@ CAN_CHANGE_ON_RESUME = (
 
 # Settings that are derived from others while they are null.
 DERIVED = (
-    "vocab_size", "*.vocab_size", "monitor", "*.monitor", "trainer.precision", "model.attention", "optimizer.fused",
-    "compile",
+    "vocab_size", "*.vocab_size", "monitor", "*.monitor", "monitor_mode", "callbacks.*.mode", "trainer.precision",
+    "model.attention", "optimizer.fused", "compile",
 )  # fmt: skip
 
 COMPLETED = ("finished", "pruned")  # the statuses of runs that do not resume
@@ -84,11 +85,6 @@ def compose(overrides: Sequence[str]) -> DictConfig:
             return hydra.compose(name, overrides)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(explain_error(error, name, overrides)) from error
-
-
-def override_key(override: str) -> str:
-    """Return the key that an override sets."""
-    return override.split("=")[0].lstrip("+~")
 
 
 def find_previous_run(folder: Path) -> PreviousRun | None:

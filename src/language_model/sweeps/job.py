@@ -17,7 +17,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from language_model.files import ROOT
-from language_model.runs.config import quote_override
+from language_model.runs.command_line import quote_override
 from language_model.runs.folder import read_job, update_job
 from language_model.sweeps import summary
 from language_model.terminal import JOB_LABEL

@@ -5,7 +5,8 @@ from typing import Any
 from pydantic import PositiveInt
 
 from language_model.files import display_path
-from language_model.runs.config import ConfigError, errors_for_key, quote_override
+from language_model.runs.command_line import quote_override
+from language_model.runs.config import ConfigError, errors_for_key
 from language_model.runs.folder import read_result
 from language_model.runs.resume import COMPLETED
 from language_model.sweeps.study import Trials, distribution_of, end_values, was_non_finite

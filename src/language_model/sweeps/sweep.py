@@ -23,7 +23,8 @@ from hydra.plugins.launcher import Launcher
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from language_model.files import display_path, write_json
-from language_model.runs.config import ConfigError, build, check_config, errors_for_key, quote_override
+from language_model.runs.command_line import quote_override
+from language_model.runs.config import ConfigError, build, check_config, errors_for_key
 from language_model.runs.folder import read_facts, read_job, read_result, read_settings, safe_folder_name, update_job
 from language_model.runs.moved_names import with_current_names
 from language_model.runs.resume import COMPLETED, can_change_on_resume, check_same_settings, is_finished
