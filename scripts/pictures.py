@@ -33,29 +33,29 @@ SWEEP = [
     "model.d_model=32", "model.n_layers=2", "model.max_seq_len=32", "data.stride=8", "data.batch_size=16",
     "trainer.max_epochs=20", "trainer.log_every_n_steps=5",
 ]  # fmt: skip
+PICTURES = ("terminal", "exercise", "sweep")
 TABS = {"scalars": "timeseries", "custom_scalars": "custom_scalars", "hparams": "hparams", "text": "text"}
 
 
 def main() -> None:
     """Train, and write the pictures to docs."""
-    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    driver = shutil.which("chromedriver")
-    if not (chromium and driver):
-        sys.exit("error: Chromium and chromedriver are needed, for example Debian's chromium and chromium-driver")
-    wanted = sys.argv[1:] or ("terminal", "exercise", "sweep")
+    wanted = sys.argv[1:] or list(PICTURES)
+    if unknown := set(wanted) - set(PICTURES):
+        sys.exit(f"error: {' '.join(sorted(unknown))}: there are {', '.join(PICTURES)}")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        if "terminal" in wanted:
-            draw_terminal("experiment=modern")
-        if "exercise" in wanted:
-            train("experiment=exercise_3_gradient_norms", f"folder={folder / 'exercise'}")
-            save_png(Image.open(folder / "exercise" / "exercise.png"), DOCS / "exercise_3.png")
-        if "sweep" in wanted:
+        if "sweep" in wanted:  # first, because it ends here without Chromium
+            chromium, driver = find_chromium()
             train(*SWEEP, f"hydra.sweep.dir={folder / 'rates'}")
             save_png(Image.open(folder / "rates" / "summary.png"), DOCS / "summary.png")
             with tensorboard(folder, "rates", num_runs=6) as address, browser(chromium, driver, folder) as screenshot:
                 for name, tab in TABS.items():
                     save_png(screenshot(f"{address}/#{tab}"), DOCS / f"tensorboard_{name}.png")
+        if "terminal" in wanted:
+            draw_terminal("experiment=modern")
+        if "exercise" in wanted:
+            train("experiment=exercise_3_gradient_norms", f"folder={folder / 'exercise'}")
+            save_png(Image.open(folder / "exercise" / "exercise.png"), DOCS / "exercise_3.png")
 
 
 def train(*overrides: str) -> str:
@@ -89,6 +89,15 @@ def tensorboard(folder: Path, logdir: str, num_runs: int) -> Iterator[str]:
     with process([*command, "--host", "127.0.0.1"], cwd=folder):
         wait_for(lambda: len(fetch(f"http://127.0.0.1:{port}/data/runs")) == num_runs)
         yield f"http://127.0.0.1:{port}"
+
+
+def find_chromium() -> tuple[str, str]:
+    """Return the commands of Chromium and its driver."""
+    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    driver = shutil.which("chromedriver")
+    if not (chromium and driver):
+        sys.exit("error: Chromium and chromedriver are needed, for example Debian's chromium and chromium-driver")
+    return chromium, driver
 
 
 @contextmanager

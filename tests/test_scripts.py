@@ -13,7 +13,13 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from conftest import ROOT, Script
+import torch
+from conftest import ROOT, TINY, Script
+from omegaconf import OmegaConf
+from torch.nn.functional import cross_entropy
+
+from language_model import plan
+from language_model.runs.config import build
 
 POEM = "Во дни сомнений, во дни тягостных раздумий\n" * 100
 
@@ -103,25 +109,111 @@ def goals(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return importlib.import_module("goals")
 
 
+@pytest.fixture
+def nanogpt(goals: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    module = importlib.import_module("nanogpt")
+    monkeypatch.setattr(module, "run_in_new_process", lambda function, *arguments: function(*arguments))
+    return module
+
+
+# Five batches in an epoch: with two for a step, the last step of an epoch has one. With SGD and a large rate, and
+# without clipping, a gradient of half the size changes the losses.
+FIVE_BATCHES = [
+    "trainer.limit_train_batches=1.0", "data.stride=16", "data.batch_size=16", "model.dropout=0", "optimizer=sgd",
+    "trainer.precision=32-true", "trainer.gradient_clip_val=1e9", "optimizer.lr=1", "optimizer.momentum=0",
+]  # fmt: skip
+
+
 @pytest.mark.parametrize("accumulated", [1, 2])
 def test_the_plain_loop_does_what_the_run_does(train, goals: ModuleType, accumulated: int) -> None:
-    accumulate = f"trainer.accumulate_grad_batches={accumulated}"
-    run = train("trainer.max_epochs=1", "model.dropout=0", "trainer.precision=32-true", accumulate)
+    run = train(*FIVE_BATCHES, f"trainer.accumulate_grad_batches={accumulated}")
     loop = goals.plain_loop(str(run.folder))
     assert loop["num_steps"] == run.result["steps"]
-    assert loop["loss"] == pytest.approx(run.losses[0], rel=1e-5)
+    assert loop["loss"] == pytest.approx(sum(run.losses) / 2, rel=1e-5)
     assert 0 < loop["optimizer_seconds"] < loop["training_seconds"]
 
 
-def test_nanogpt_loop_learns(goals: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = "".join(chr(33 + i % 65) for i in range(3_000))
-    (tmp_path / "text.txt").write_text(text)
-    nanogpt = importlib.import_module("nanogpt")
-    monkeypatch.setattr(nanogpt, "STEPS", 110)
-    done = nanogpt.nanogpt_loop(str(tmp_path / "text.txt"))
-    assert done["loss"] < 0.9 * math.log(65)
-    train, val = nanogpt.split_tokens(str(tmp_path / "text.txt"))
-    assert (len(train), len(val), train[:3].tolist()) == (2_700, 300, [0, 1, 2])
+def test_a_step_of_the_plain_loop_has_the_gradient_of_one_large_batch(
+    goals: ModuleType, corpora: str, tmp_path: Path
+) -> None:
+    planned = plan(*TINY, *FIVE_BATCHES, corpora, "trainer.accumulate_grad_batches=2")
+    OmegaConf.save(planned.config, tmp_path / "config.yaml", resolve=True)
+    config, losses, step = planned.config, [], 0
+    torch.manual_seed(config.seed)
+    data, network = build(config, "data"), build(config, "model")
+    optimizer, schedule = torch.optim.SGD(network.parameters(), lr=1), build(config, "schedule")
+    for epoch in range(config.trainer.max_epochs):
+        loader = data.train_dataloader()
+        loader.batch_sampler.epoch = partial(int, epoch)
+        batches = list(loader)
+        for few in (batches[:2], batches[2:4], batches[4:]):
+            inputs, targets = (torch.cat(parts) for parts in zip(*few, strict=True))
+            optimizer.param_groups[0]["lr"] = schedule(step)
+            loss = cross_entropy(network(inputs).flatten(0, 1), targets.flatten())
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses += [loss.item()] * len(few)
+            step += 1
+    loop = goals.plain_loop(str(tmp_path))
+    assert loop["num_steps"] == step == 6
+    assert loop["loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+
+
+def test_nanogpts_recipe_runs_on_any_text(nanogpt: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """100 different characters, and not the 65 of tiny Shakespeare."""
+    text = tmp_path / "text.txt"
+    text.write_text("".join(chr(33 + i % 100) for i in range(3_000)), encoding="utf-8")
+    for name, value in {"STEPS": 250, "C": 32, "B": 4}.items():
+        monkeypatch.setattr(nanogpt, name, value)
+    done = nanogpt.run_nanogpt(str(text), None)
+    assert done["loss"] < 0.9 * math.log(100)
+    assert 0 < done["training_seconds"] < done["command_seconds"]
+    train, val, vocab_size = nanogpt.split_tokens(str(text))
+    assert (len(train), len(val), train[:3].tolist(), vocab_size) == (2_700, 300, [0, 1, 2], 100)
+
+
+STAND_IN = {
+    "model.py": """
+import torch
+from torch.nn.functional import cross_entropy
+class GPTConfig:
+    def __init__(self, vocab_size): self.vocab_size = vocab_size
+class GPT(torch.nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.logits = torch.nn.Parameter(torch.zeros(config.vocab_size))
+    def forward(self, inputs, targets):
+        logits = self.logits.expand(*inputs.shape, -1)
+        return logits, cross_entropy(logits.flatten(0, 1), targets.flatten())
+""",
+    "train.py": """
+import pickle, sys
+import numpy as np
+import torch
+from pathlib import Path
+folder = Path(sys.argv[-1].removeprefix("--out_dir="))
+vocab_size = pickle.loads(Path("data/shakespeare_char/meta.pkl").read_bytes())["vocab_size"]
+counts = np.bincount(np.fromfile("data/shakespeare_char/train.bin", np.uint16), minlength=vocab_size)
+saved = {"model_args": {"vocab_size": vocab_size}, "model": {"logits": torch.from_numpy(counts).float().log()}}
+torch.save(saved, folder / "ckpt.pt")
+for step, ms in enumerate((10, 20, 900, 30)):
+    print(f"iter {step}: loss 1.0, time {ms}.00ms, mfu 1%")
+""",
+}
+
+
+def test_a_checkouts_loss_is_that_of_its_weights_over_the_whole_split(nanogpt: ModuleType, tmp_path: Path) -> None:
+    """nanoGPT's place is taken by a network of letter frequencies, whose loss is known."""
+    (tmp_path / "checkout" / "data" / "shakespeare_char").mkdir(parents=True)
+    for name, code in STAND_IN.items():
+        (tmp_path / "checkout" / name).write_text(code)
+    (tmp_path / "text.txt").write_text("aaab" * 500)
+    done = nanogpt.run_nanogpt(str(tmp_path / "text.txt"), str(tmp_path / "checkout"))
+    predicted = "aaab" * 50
+    expected = [-math.log(0.75 if letter == "a" else 0.25) for letter in predicted[1:]]
+    assert done["loss"] == pytest.approx(sum(expected) / len(expected))
+    assert done["training_seconds"] == pytest.approx(0.010 + 0.020 + 0.025 + 0.030)  # 900 ms had an evaluation in it
 
 
 @pytest.mark.parametrize(
@@ -132,14 +224,28 @@ def test_nanogpt_loop_learns(goals: ModuleType, tmp_path: Path, monkeypatch: pyt
         ("goals=8", "goals=8: "),
         ("rounds=0", "rounds=0: "),
         ("path=nothing.txt", "path: nothing.txt does not exist"),
+        ("path={tmp}/short.txt", "path: {tmp}/short.txt has 5 characters; nanoGPT's recipe needs more than 640"),
+        ("path={tmp}/picture.png", "path: 'utf-8' codec can't decode byte 0xff in position 0"),
         ("nanogpt=nowhere", "nanogpt: nowhere/train.py does not exist"),
     ],
 )
-def test_a_wrong_setting_of_the_benchmark_is_refused(goals: ModuleType, monkeypatch, argument: str, says: str) -> None:
-    monkeypatch.setattr(sys, "argv", ["benchmark.py", f"path={ROOT / 'README.md'}", argument])
+def test_a_wrong_setting_of_the_benchmark_is_refused(
+    goals: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, argument: str, says: str
+) -> None:
+    (tmp_path / "short.txt").write_text("short")
+    (tmp_path / "picture.png").write_bytes(b"\xff" * 1000)
+    argument = argument.replace("{tmp}", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["goals.py", f"path={ROOT / 'README.md'}", argument])
     with pytest.raises(SystemExit) as stopped:
         goals.main()
-    assert str(stopped.value).startswith(f"error: {says}")
+    assert str(stopped.value).startswith(f"error: {says.replace('{tmp}', str(tmp_path))}")
+
+
+@pytest.mark.parametrize("name", ["chapter", "data", "generate"])
+def test_no_rounds_are_refused(goals: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str) -> None:
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", "rounds=0"])
+    with pytest.raises(SystemExit, match="error: rounds=0: input should be greater than 0"):
+        runpy.run_path(str(ROOT / "scripts" / "benchmarks" / f"{name}.py"), run_name="__main__")
 
 
 @pytest.mark.slow
