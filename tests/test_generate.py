@@ -1,8 +1,9 @@
 import pytest
 import torch
+from conftest import run_script
 from torch import Tensor
 
-from language_model.model.generate import generate, stream_decode
+from language_model.model.generate import generate, sample_token, stream_decode
 from language_model.model.gpt import GPT
 
 
@@ -61,8 +62,16 @@ def test_the_seed_decides_and_no_other_random_state_moves() -> None:
     ("arguments", "says"),
     [
         ({"tokens": torch.tensor([], dtype=torch.int64)}, "the prompt is empty"),
-        ({"temperature": -0.1}, "temperature=-0.1 is negative"),
-        ({"top_k": 0}, "top_k=0 leaves no token"),
+        ({"temperature": -0.1}, "temperature=-0.1: allowed"),
+        ({"temperature": float("nan")}, "temperature=nan: allowed"),
+        ({"temperature": float("inf")}, "temperature=inf: allowed"),
+        ({"top_k": 0}, "top_k=0: allowed"),
+        ({"top_k": 2.5}, "top_k=2.5: allowed"),
+        ({"top_k": float("nan")}, "top_k=nan: allowed"),
+        ({"top_p": 0}, "top_p=0: allowed"),
+        ({"top_p": float("nan")}, "top_p=nan: allowed"),
+        ({"seed": -1}, "seed=-1: allowed"),
+        ({"seed": 2**64}, "seed=18446744073709551616: allowed"),
     ],
 )
 def test_impossible_settings_are_refused(arguments: dict, says: str) -> None:
@@ -115,9 +124,48 @@ def test_top_p_leaves_the_likeliest_that_are_enough() -> None:
         assert set(generate(Fixed(), torch.tensor([0]), 300, top_p=top_p)) == left
 
 
+def test_top_p_of_one_cuts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float32 the sum of the likely tokens is 1 before the unlikely ones are added."""
+    seen: list[Tensor] = []
+    draw = torch.multinomial
+    monkeypatch.setattr(
+        torch, "multinomial", lambda p, *args, **more: (seen.append(p.clone()), draw(p, *args, **more))[1]
+    )
+    logits = torch.tensor([0.0, -18.0, -18.0])
+    for top_p in (None, 1.0):
+        sample_token(logits, 1.0, None, top_p, torch.Generator())
+    assert seen[0].sum() == seen[0][0] == 1
+    assert seen[1].equal(seen[0])
+    assert (seen[1] > 0).all()
+
+
 def test_it_stops_at_the_end_of_a_text_and_within_the_vocabulary() -> None:
     assert list(generate(Counting(), torch.tensor([2]), 8, 0, end_of_text=5)) == [3, 4]
     assert max(generate(Counting(0.0), torch.tensor([0]), 200, vocab_size=3)) == 2
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "seed=1e20", "seed=-1", "seed=nan", "temperature=nan", "temperature=inf", "temperature=-1", "top_k=nan",
+        "top_k=inf", "top_k=0", "top_p=nan", "top_p=inf", "top_p=0", "top_p=1.1", "accelerator=abc", "accelerator=",
+    ],
+)  # fmt: skip
+def test_the_script_refuses_what_cannot_be_sampled_with_by_its_key(wrong: str) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        run_script("generate.py", wrong)
+    message = str(stopped.value)
+    assert "\n" not in message
+    assert message.startswith(f"error: {wrong.partition('=')[0]}=")
+    if wrong == "accelerator=abc":
+        assert all(choice in message for choice in ("auto", "cpu", "gpu", "cuda", "mps"))
+
+
+@pytest.mark.parametrize("accelerator", ["gpu", "cuda", "mps"])
+def test_a_device_that_the_machine_lacks_is_refused(accelerator: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: None)
+    with pytest.raises(SystemExit, match=f"accelerator={accelerator}: this machine has none; allowed: auto, cpu"):
+        run_script("generate.py", f"accelerator={accelerator}")
 
 
 def test_characters_are_streamed_whole() -> None:

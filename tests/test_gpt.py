@@ -194,18 +194,42 @@ def test_a_sequence_longer_than_the_context_is_refused() -> None:
         GPT(**SIZES)(torch.zeros(1, 13, dtype=torch.int64))
 
 
-@settings(max_examples=30, deadline=None)
-@given(p=st.floats(0.01, 0.9), n=st.integers(1, 50))
-def test_dropout_drops_p_and_keeps_the_mean(p: float, n: int) -> None:
-    x = torch.ones(n, 1_001)
+@pytest.mark.parametrize("p", [0.001, 0.01, 0.1, 0.5, 0.9, 0.999])
+def test_dropout_drops_exactly_p(p: float) -> None:
+    """Over 4,000 masks of 251 values: a mask's share is one of two multiples of 1/256, and their mean is p."""
+    dropout, x = Dropout(p), torch.ones(251)
+    masks = torch.stack([dropout(x) for _ in range(4_000)])
+    dropped = masks == 0
+    assert masks[~dropped].unique().tolist() == pytest.approx([1 / (1 - p)])
+    lower = math.floor(256 * p) / 256
+    spread = (p - lower) * (lower + 1 / 256 - p) + p * (1 - p) / 251  # of a mask's share: threshold, then values
+    assert dropped.float().mean().item() == pytest.approx(p, abs=4 * math.sqrt(spread / 4_000))
+    each = dropped.float().mean(0)  # no place in the mask is dropped more often than another
+    assert (each - p).abs().max() < 5 * math.sqrt(p * (1 - p) / 4_000)
+
+
+@settings(max_examples=50, deadline=None)
+@given(p=st.floats(0, 1, exclude_max=True), shape=st.lists(st.integers(1, 9), min_size=1, max_size=3))
+def test_dropout_works_for_every_p_and_shape(p: float, shape: list[int]) -> None:
+    x = torch.ones(shape, dtype=torch.float64)
     kept = Dropout(p)(x)
-    values = kept.unique()
-    assert len(values) <= 2
-    share = (kept == 0).float().mean().item()
-    rounded = min(max(1, round(p * 256)), 255) / 256
-    assert abs(rounded - p) <= 1 / 256
-    assert share == pytest.approx(rounded, abs=6 * math.sqrt(rounded * (1 - rounded) / x.numel()))
-    assert values.max().item() == pytest.approx(1 / (1 - rounded))
+    assert kept.shape == x.shape
+    assert all(value in (0, pytest.approx(1 / (1 - p))) for value in kept.unique().tolist())
+
+
+def test_normalised_queries_and_keys_have_the_epsilon_of_the_blocks() -> None:
+    """Queries and keys so small that the epsilon decides: by the formula of RMSNorm with the blocks' 1e-6."""
+    network = scrambled(qk_norm=True, norm="rmsnorm", bias=False, n_layers=1)
+    attention, epsilon = network.blocks[0].attention, network.blocks[0].attention_norm.eps
+    assert epsilon == network.norm.eps == 1e-6
+    with torch.no_grad():
+        attention.qkv.weight[: 2 * 16] *= 1e-3
+    x = torch.randn(1, 5, 16)
+    q, k, v = attention.qkv(x).view(1, 5, 3, 2, 8).permute(2, 0, 3, 1, 4)
+    q, k = (each / (each.square().mean(-1, keepdim=True) + epsilon).sqrt() for each in (q, k))
+    scores = (q @ k.mT / math.sqrt(8)).masked_fill(torch.ones(5, 5).triu(1).bool(), -math.inf)
+    expected = attention.out((scores.softmax(-1) @ v).transpose(1, 2).reshape(1, 5, 16))
+    torch.testing.assert_close(attention(x), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_dropout_is_independent_and_reaches_the_gradient() -> None:

@@ -1,5 +1,6 @@
 """Sampling: new tokens from the probabilities that a network gives."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
 
@@ -50,9 +51,10 @@ def generate(
         use_cache: False computes everything again for each token: slower, with the same result.
 
     Raises:
-        ValueError: an empty prompt, a negative temperature, top_k below 1, or top_p outside (0, 1].
+        ValueError: an empty prompt, a temperature that is negative or not finite, top_k that is no whole number from 1
+            on, top_p outside (0, 1], or a seed outside 0 to 2⁶⁴ - 1.
     """
-    check_sampling(tokens, temperature, top_k, top_p)
+    check_sampling(tokens, temperature, top_k, top_p, seed)
     generator = torch.Generator().manual_seed(seed)
     cache = network.new_cache() if use_cache and hasattr(network, "new_cache") else None
     for _ in range(max_new_tokens):
@@ -67,16 +69,18 @@ def generate(
         tokens = torch.cat((tokens, tokens.new_tensor([token])))
 
 
-def check_sampling(tokens: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> None:
+def check_sampling(tokens: Tensor, temperature: float, top_k: int | None, top_p: float | None, seed: int) -> None:
     """Raise ValueError for settings that cannot be sampled with."""
     if tokens.numel() == 0:
         raise ValueError("the prompt is empty; at least one token is needed")
-    if temperature < 0:
-        raise ValueError(f"temperature={temperature} is negative; 0 takes the most likely token")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k={top_k} leaves no token; allowed: 1 and up, or null for all")
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature={temperature}: allowed: finite numbers from 0 on; 0 takes the most likely token")
+    if top_k is not None and not (isinstance(top_k, int) and top_k >= 1):
+        raise ValueError(f"top_k={top_k}: allowed: whole numbers from 1 on, or null for all")
     if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p={top_p} is no probability; allowed: above 0, up to 1, or null for all")
+        raise ValueError(f"top_p={top_p}: allowed: above 0, up to 1, or null for all")
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"seed={seed}: allowed: 0 to 2**64 - 1")
 
 
 def stream_decode(decode: Callable[[list[int]], str], ids: Iterable[int]) -> Iterator[str]:
@@ -101,7 +105,7 @@ def sample_token(
     if top_k is not None and top_k < len(logits):
         logits = logits.masked_fill(logits < logits.topk(top_k).values[-1], -torch.inf)
     probabilities = (logits / temperature).softmax(-1)
-    if top_p is not None:
+    if top_p is not None and top_p < 1:  # a sum of all is 1 only up to rounding
         ordered, order = probabilities.sort(descending=True, stable=True)
         probabilities[order[ordered.cumsum(-1) - ordered >= top_p]] = 0.0  # those before it are enough
     return int(torch.multinomial(probabilities, 1, generator=generator))

@@ -23,6 +23,7 @@ from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
 Probability = Annotated[float, Field(ge=0, lt=1)]
+RMS_EPSILON = 1e-6  # added to the mean square in every root mean square norm; layernorm has GPT-2's 1e-5
 
 
 class GPT(nn.Module):
@@ -246,7 +247,7 @@ class Attention(nn.Module):
             rotation = self.rotation[:, start : start + T]
             q, k = rotate(q, rotation), rotate(k, rotation)
         if self.qk_norm:
-            q, k = F.rms_norm(q, q.shape[-1:]).to(v.dtype), F.rms_norm(k, k.shape[-1:]).to(v.dtype)
+            q, k = (F.rms_norm(each, each.shape[-1:], eps=RMS_EPSILON).to(v.dtype) for each in (q, k))
         dropping = self.training and self.dropout.p > 0
         if cached:
             k, v = cached.add(k, v, len(self.causal_mask))
@@ -291,23 +292,28 @@ class FeedForward(nn.Module):
 class Dropout(nn.Dropout):
     """``nn.Dropout`` with masks at a third of the cost on a CPU, where they are a third of a small model's step.
 
-    One random 64-bit number decides for eight values, so p is rounded to a multiple of 1/256, though never to 0 or 1.
-    Kept values are scaled by exactly the inverse of the probability of being kept.
+    One random 64-bit number decides for eight values, a byte each. A byte alone would round p to a multiple of 1/256:
+    one more number chooses between the two multiples around p, for the whole mask, so that each value is dropped with
+    probability p exactly. Kept values are scaled by 1 / (1 - p).
     """
 
     def forward(self, x: Tensor) -> Tensor:
         """Any shape -> the same shape; the identity in eval mode."""
-        if not self.training or self.p == 0 or x.device.type != "cpu":
+        if not self.training or self.p in (0, 1) or x.device.type != "cpu":
             return super().forward(x)
-        dropped = min(max(1, round(self.p * 256)), 255)  # of the 256 equally likely values of a byte
-        bits = torch.randint(-(2**63), 2**63 - 1, (-(-x.numel() // 8),)).view(torch.int8)
-        keep = bits[: x.numel()].view(x.shape) >= dropped - 128
-        return x * keep.to(x.dtype).mul_(256 / (256 - dropped))
+        rarer = min(self.p, 1 - self.p)  # of dropping and keeping, so that both thresholds fit into a byte
+        lower = math.floor(256 * rarer)
+        words = torch.randint(-(2**63), 2**63 - 1, (-(-x.numel() // 8) + 1,))
+        raised = words[-1:] < int((256 * rarer - lower) * 2**64) - 2**63
+        threshold = raised.to(torch.int8) + (lower - 128)
+        values = words[:-1].view(torch.int8)[: x.numel()].view(x.shape)
+        keep = values >= threshold if rarer == self.p else values < threshold
+        return x * keep.to(x.dtype).mul_(1 / (1 - self.p))
 
 
 def make_norm(norm: str, d_model: int, bias: bool) -> nn.Module:
     """Return the normalisation layer called `norm`."""
-    return nn.LayerNorm(d_model, bias=bias) if norm == "layernorm" else nn.RMSNorm(d_model, eps=1e-6)
+    return nn.LayerNorm(d_model, bias=bias) if norm == "layernorm" else nn.RMSNorm(d_model, eps=RMS_EPSILON)
 
 
 def rotary_angles(max_seq_len: int, head_size: int) -> Tensor:
