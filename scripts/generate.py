@@ -5,12 +5,13 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from omegaconf import DictConfig
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
+from pydantic import Field, PositiveInt
 
-from language_model.runs.config import ConfigError, check_values, entry_point, errors_for_key
+from language_model.runs.command_line import entry_point
+from language_model.runs.config import ConfigError, check_values, errors_for_key
 
 KEYS = {
     "run": str | int,
@@ -18,12 +19,12 @@ KEYS = {
     "prompt": str | int | float | bool | None,
     "prompt_file": str | None,
     "max_new_tokens": PositiveInt,
-    "temperature": NonNegativeFloat,
+    "temperature": Annotated[float, Field(ge=0, allow_inf_nan=False)],
     "top_k": PositiveInt | None,
     "top_p": Annotated[float, Field(gt=0, le=1)] | None,
     "num_samples": PositiveInt,
-    "seed": NonNegativeInt,
-    "accelerator": str,
+    "seed": Annotated[int, Field(ge=0, lt=2**32)],
+    "accelerator": Literal["auto", "cpu", "gpu", "cuda", "mps"],
 }
 
 
@@ -36,10 +37,10 @@ def main(config: DictConfig) -> None:
 
     from language_model.model.generate import generate, stream_decode
     from language_model.runs.load import load_run
-    from language_model.training.hardware import device_type
+    from language_model.training.hardware import find_device
 
-    with errors_for_key("accelerator"):
-        device = torch.device(device_type(config.accelerator))
+    with errors_for_key(f"accelerator={config.accelerator}"):
+        device = find_device(config.accelerator)
     loaded = load_run(str(config.run), config.checkpoint, device)
     network: Any = loaded.network
     tokenizer = loaded.tokenizer

@@ -188,7 +188,7 @@ def test_generation_goes_on_from_the_prompt(trained: Run, script, tmp_path: Path
         (["prompt_file=nothing.txt"], "prompt_file: nothing.txt: no such file"),
         (["prompt=a", "prompt_file=b"], "prompt and prompt_file: one of them is enough"),
         (["checkpoint=nothing.ckpt"], "checkpoint=nothing.ckpt: nothing.ckpt does not exist; available: last"),
-        (["accelerator=abacus"], "accelerator: "),
+        (["accelerator=abacus"], "accelerator=abacus: "),
         (["tmperature=1"], "tmperature: unknown key; did you mean temperature?"),
     ],
 )

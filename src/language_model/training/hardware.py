@@ -18,6 +18,16 @@ def device_type(accelerator: str) -> str:
     return found.type if found else "cpu"
 
 
+def find_device(accelerator: str) -> torch.device:
+    """Return the device that `accelerator` means; ValueError if this machine has none."""
+    found = torch.accelerator.current_accelerator(check_available=True)
+    here = ["cpu", *([found.type] if found else [])]
+    device = device_type(accelerator)
+    if device not in here or (accelerator == "gpu" and found is None):
+        raise ValueError(f"this machine has none; allowed: auto, {', '.join(here)}")
+    return torch.device(device)
+
+
 def has_bf16_units(device: str) -> bool:
     """Whether bfloat16 matrix products are fast on this device, not just possible."""
     if device == "cuda":
