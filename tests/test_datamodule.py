@@ -1,3 +1,4 @@
+import gzip
 import json
 from functools import partial
 from pathlib import Path
@@ -11,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from language_model.data.bpe import BPETokenizer
 from language_model.data.datamodule import BinData, TextData
+from language_model.data.token_files import is_text
 from language_model.data.tokenizer import ByteTokenizer, CharTokenizer, id_tokenizer
 from language_model.data.tokenizer_file import tokenizer_from_file
 from language_model.data.windows import IGNORE_INDEX
@@ -95,15 +97,32 @@ def test_the_split_is_nanogpts(text_data) -> None:
 @pytest.mark.parametrize(
     ("content", "settings", "says"),
     [
-        (b"", {}, "text.txt is empty"),
+        (b"", {}, "^path=.*text.txt: there is no text in it"),
         (b"caf\xe9 au lait", {}, "text.txt is not UTF-8 text: byte 3 is 0xe9"),
         (b"\x89PNG\r\n\x1a\n", {}, "text.txt is not UTF-8 text: byte 0 is 0x89"),
         (b"abcd\0efgh", {}, "text.txt is binary, not text: it has a NUL"),
-        (b"abc#", {"val_fraction": 0.3}, "2 tokens are too few for one window"),  # sooner said than that # is new
-        (b"abcd", {}, "4 tokens are too few for one window of seq_len=4"),
-        (b"abcdefgh", {"batch_size": 5}, "4 windows are too few for one batch of batch_size=5"),
-        (b"abababab#", {"val_fraction": 0.2}, r"the validation text: character '#' \(U\+0023\) at position 1 is not"),
-        (b"abababababab", {"val_fraction": 0.01}, "the validation text has too few tokens, 1"),
+        (
+            b"a",
+            {"val_fraction": 0.1},
+            r"^path=.*text.txt: the training text \(0 characters; data.val_fraction=0.1 takes the rest\) has 0 tokens, "
+            r"too few for one window of data.seq_len=4 and its shifted target: at least 5 are needed$",
+        ),
+        (b"abcd", {}, "^path=.*text.txt: the training text has 4 tokens, too few for one window of data.seq_len=4"),
+        (b"abcdefgh", {"batch_size": 5}, "^batch_size=5: the training data has 4 windows, .*; at most 4, or"),
+        (b"abcdefgh", {"stride": 5}, "^stride=5: the training data has only 4 windows; at most that many$"),
+        (
+            b"abababab#",
+            {"val_fraction": 0.2, "tokenizer": partial(tokenizer_from_file, path="char.json")},
+            r"^path=.*text.txt: the validation text's character '#' \(U\+0023\) at position 1 is not",
+        ),
+        (b"abababababab", {"val_fraction": 0.01}, "^val_fraction=0.01: the validation text has too few tokens, 1"),
+        (b"ab" * 9, {"val_path": "one.txt"}, "^val_path=one.txt: the validation text has too few tokens, 1"),
+        (
+            b"ab" * 9,
+            {"val_path": ["one.txt", "empty.txt"]},
+            r"^val_path=\[one.txt,empty.txt\]: the validation text",
+        ),
+        (b"ab" * 9, {"val_path": "latin.txt"}, "^val_path=latin.txt: latin.txt is not UTF-8 text"),
         (b"ab" * 9, {"encoding": "klingon"}, "encoding=klingon: Python knows no such text encoding"),
         (b"ab" * 9, {"encoding": "hex"}, "encoding=hex: Python knows no such text encoding"),
         (
@@ -112,7 +131,8 @@ def test_the_split_is_nanogpts(text_data) -> None:
             "has no token that ends",
         ),
         (b"ab" * 9, {"tokenizer": id_tokenizer}, "tokenizer=ids is for data=bin"),
-        (b"ab" * 9, {"val_path": "nowhere"}, "No such file"),
+        (b"ab" * 9, {"val_path": "nowhere"}, "^val_path=nowhere: no such file or directory$"),
+        (b"\x89PNG\r\n\0\n", {"encoding": "latin-1"}, "text.txt is binary, not text: it has a NUL character"),
     ],
 )
 def test_text_that_cannot_be_trained_on(
@@ -120,14 +140,16 @@ def test_text_that_cannot_be_trained_on(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     CharTokenizer("ab").save(tmp_path / "char.json")
-    with pytest.raises((ValueError, OSError), match=says):
+    for name, text in (("one.txt", b"a"), ("empty.txt", b""), ("latin.txt", b"caf\xe9")):
+        (tmp_path / name).write_bytes(text)
+    with pytest.raises(ValueError, match=says):
         text_data(content, **settings)
     assert not (tmp_path / "cache").exists() or list((tmp_path / "cache").iterdir()) == []
 
 
 def test_a_prepared_text_is_still_checked(text_data) -> None:
     text_data("abcdefgh")
-    with pytest.raises(ValueError, match="8 tokens are too few for one window of seq_len=8"):
+    with pytest.raises(ValueError, match=r"has 8 tokens, too few for one window of data.seq_len=8"):
         text_data("abcdefgh", seq_len=8)
 
 
@@ -219,17 +241,52 @@ def header(*numbers: int) -> bytes:
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (b"", "train.bin is empty"),
-        (b"abc", "no file of uint16 tokens: it has an odd number of bytes, 3"),
+        (b"", "train.bin: it is empty"),
+        (b"abc\0\1", "no file of uint16 tokens: it has an odd number of bytes, 5"),
         (header(20240520, 2, 1) + b"ab", "llm.c's header of version 2; 1 is known"),
         (header(20240520, 1, 9) + b"ab", "has 1,026 bytes, and by its header of 9 tokens should have 1,042"),
         (header(20240801, 7, 1) + b"ab", "has 1,026 bytes, and by its header of 1 tokens should have 1,028"),
-        (b"abcd", "2 tokens are too few for one window of seq_len=4"),
-        (header(20240520, 1, 0), "is empty|0 tokens are too few"),
+        (b"a\0b\0", "the training data has 2 tokens, too few for one window of data.seq_len=4"),
+        (header(20240520, 1, 0), "the training data has 0 tokens, too few"),
+        (b"First Citizen:\n\tBefore we proceed" * 9, "it is text, not tokens: use data=text data.path=.*train.bin$"),
+        (
+            "学而时习之，\u3000不亦说乎？\xa0\N{ROCKET}\r\n".encode() * 3_000,
+            "it is text, not tokens: use data=text data.path=",
+        ),
     ],
 )
 def test_token_files_that_are_none(tmp_path: Path, content: bytes, says: str) -> None:
     (tmp_path / "train.bin").write_bytes(content)
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises(ValueError, match=f"^train_path=.*{says}"):
         BinData(str(tmp_path / "train.bin"), None, id_tokenizer, str(tmp_path / "cache"), seq_len=4, batch_size=1)
     assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("val.bin", b"hear me speak.", "it is text, not tokens"),
+        ("val.txt", b"\1\0\2\0", "it is text, not tokens"),  # by its name
+        ("val.bin.gz", gzip.compress(b"\1\0\2\0"), "it is compressed"),
+        ("val.bin", b"\1\0", "has too few tokens, 1"),
+    ],
+)
+def test_validation_tokens_that_are_none(tmp_path: Path, name: str, content: bytes, says: str) -> None:
+    train = write_tokens(tmp_path / "train.bin", list(range(9)))
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"^val_path=.*{says}"):
+        BinData(train, str(tmp_path / name), id_tokenizer, str(tmp_path), seq_len=4, batch_size=1)
+
+
+@given(st.lists(st.integers(0, 8_191), min_size=8, max_size=400))
+def test_tokens_are_not_taken_for_text(ids: list[int]) -> None:
+    content = np.array(ids, "<u2").tobytes()
+    allowed = np.frombuffer(content, "u1")[1::2]  # the high bytes of all ids a tab or a line end: it could be text
+    assert not is_text(content) or np.isin(allowed, [9, 10, 12, 13]).all()
+
+
+def test_gpt2s_tokens_are_not_taken_for_text() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(100):  # ids as frequent as words are, by Zipf's law
+        ids = np.minimum(rng.zipf(1.2, 200), 50_256).astype("<u2")
+        assert not is_text(ids.tobytes())

@@ -65,10 +65,46 @@ def test_the_tokens_are_the_texts(prepared, tokenizer) -> None:
     }
 
 
-def test_a_tokenizer_learns_from_the_training_text_alone(prepared) -> None:
-    with pytest.raises(ValueError, match=r"the validation text: character '!' \(U\+0021\) at position 324 is not"):
-        prepared(TEXT + "!")
-    assert "!" in prepared("!" + TEXT).tokenizer.characters
+def test_byte_pairs_are_learned_from_the_training_text_alone(prepared, tmp_path: Path) -> None:
+    tokenizer = partial(BPETokenizer.train, vocab_size=300)
+    alone = prepared(TEXT, tokenizer, val_fraction=0.0).tokenizer.to_json()
+    other = tmp_path / "val.txt"
+    other.write_text("xyzzy " * 1_000)
+    assert prepared(TEXT, tokenizer, TextFiles(str(other))).tokenizer.to_json() == alone
+    cut = len(TEXT)
+    whole = TEXT + "xyzzy " * (cut // 6)  # its first half is TEXT
+    assert prepared(whole, tokenizer, val_fraction=1 - cut / len(whole)).tokenizer.to_json() == alone
+
+
+def test_the_alphabet_is_that_of_the_training_and_the_validation_text(prepared, tmp_path: Path) -> None:
+    """As nanoGPT's: a character that only the validation text has costs one token, and stops no run."""
+    corpus = prepared(TEXT + "!")
+    assert "!" not in corpus.tokenizer.decode(np.asarray(corpus.train))
+    assert corpus.tokenizer.characters == sorted(set(TEXT + "!"))
+    other = tmp_path / "val.txt"
+    other.write_text("学 \n?")
+    corpus = prepared(TEXT, val=TextFiles(str(other)))
+    assert corpus.tokenizer.characters == sorted(set(TEXT + "学 \n?"))
+    assert corpus.tokenizer.decode(np.asarray(corpus.val)) == "学 \n?"
+
+
+def test_a_corpus_of_an_earlier_version_is_the_same_as_one_made_now(prepared, tmp_path: Path) -> None:
+    """Its alphabet was the training text's, and it was kept only if the validation text had no other character."""
+
+    class Earlier:
+        def __call__(self, texts, end_of_text: bool) -> CharTokenizer:
+            return CharTokenizer("".join(texts), end_of_text)
+
+    earlier = Earlier()
+    earlier.__module__, earlier.__qualname__ = "language_model.tokenizer", "CharTokenizer.of"
+    before = prepared(TEXT, earlier)
+    content = {file.name: file.read_bytes() for file in before.folder.iterdir()}
+    assert prepared(TEXT).folder == before.folder  # the key is the same: it is found
+    now = prepared(TEXT, cache=tmp_path / "cache of now")
+    assert {file.name: file.read_bytes() for file in now.folder.iterdir()} == content
+    with pytest.raises(ValueError, match=r"the validation text's character '!' .* at position 324 is not among"):
+        prepared(TEXT + "!", earlier)  # nothing with a smaller alphabet was kept
+    assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
 @given(text=st.text("ab \n.学", max_size=200), piece=st.integers(1, 20))

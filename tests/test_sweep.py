@@ -154,7 +154,7 @@ def test_a_sweep_of_real_runs(script: Script, tmp_path: Path) -> None:
     done = script("train.py", "-m", *overrides)
     assert done.returncode == 1
     assert done.stderr == "error: 1 of 2 jobs did not finish; the same command tries them again\n"
-    reason = "model.n_heads=3: model: n_heads=3 does not divide d_model=16; allowed: 1, 2, 4, 8, 16"
+    reason = "model.n_heads=3: model.n_heads=3 does not divide d_model=16; allowed: 1, 2, 4, 8, 16"
     assert f"warning: [1/2] {reason}" in done.stdout
     assert [row.status for row in summary.read(tmp_path / "sweep")] == ["finished", "failed"]
     assert not (tmp_path / "sweep" / "model.n_heads=2" / "stderr.txt").exists()

@@ -1,7 +1,9 @@
+import errno
 import gzip
 import hashlib
 import json
 import os
+import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -115,8 +117,9 @@ def test_what_is_no_text_is_named_with_its_place(
     files = TextFiles(str(write(tmp_path / name, content)))
     for chunk in (1, 3, 1 << 20):
         monkeypatch.setattr(text_files, "CHUNK", chunk)
-        with pytest.raises(ValueError, match=says):
+        with pytest.raises(ValueError, match=says) as raised:
             documents(files)
+        assert str(raised.value).startswith(f"path={tmp_path / name}: ")
 
 
 def test_a_gzip_file_that_is_not_whole(tmp_path: Path) -> None:
@@ -131,12 +134,53 @@ def test_a_gzip_file_that_is_not_whole(tmp_path: Path) -> None:
 
 def test_nothing_where_text_should_be(tmp_path: Path) -> None:
     (tmp_path / "picture.png").touch()
-    with pytest.raises(ValueError, match=r"has no file that ends in \.txt, \.text, \.md, \.jsonl, \.ndjson"):
+    with pytest.raises(ValueError, match=r"it has no file that ends in \.txt, \.text, \.md, \.jsonl, \.ndjson"):
         files_at(str(tmp_path))
-    with pytest.raises(ValueError, match=r"no file matches .*\*\.txt"):
+    with pytest.raises(ValueError, match=r"\*\.txt: no file matches"):
         files_at(str(tmp_path / "*.txt"))
     with pytest.raises(FileNotFoundError):
         files_at(str(tmp_path / "missing.txt"))
+    (tmp_path / "link.txt").symlink_to("missing.txt")
+    for place in (tmp_path, tmp_path / "link.txt", tmp_path / "l*.txt"):  # a file of the text is missing
+        with pytest.raises(ValueError, match=r"^val_path=.*link\.txt: no such file or directory$"):
+            TextFiles(str(place), parameter="val_path")
+
+
+def test_one_missing_file_of_a_list_is_named(library: Path) -> None:
+    paths = [str(library / "b.txt"), str(library / "missing.txt")]
+    with pytest.raises(ValueError, match=r"^path=\[.*b\.txt,.*\]: .*missing\.txt: no such file or directory$"):
+        TextFiles(paths)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has neither")
+def test_a_pipe_and_a_device_are_refused_before_they_are_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.txt")
+    for place in ("/dev/zero", str(tmp_path / "pipe.txt"), str(tmp_path / "*.txt"), str(tmp_path)):
+        with pytest.raises(ValueError, match=r"^path=.*: it is not a regular file"):
+            TextFiles(place)
+
+
+def test_what_cannot_be_opened_is_named(library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By made-up errors, as an administrator's tests may open everything."""
+
+    def refuse(self: Path, *_: str) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(self))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", refuse)
+        with pytest.raises(ValueError, match=rf"^path={library}/b.txt: permission denied$"):
+            TextFiles(str(library / "b.txt"))
+    real = os.scandir
+    monkeypatch.setattr(os, "scandir", lambda folder: refuse(Path(folder)) if "deep" in str(folder) else real(folder))
+    for place in (library / "deep", library):  # a folder in a folder is not left out
+        with pytest.raises(ValueError, match=rf"^path={place}: .*permission denied$"):
+            TextFiles(str(place))
+
+
+@pytest.mark.parametrize("url", ["https://www.gutenberg.org/a.txt", "s3://bucket/b.txt?x=*", "file:///c.txt"])
+def test_an_address_is_no_path(url: str) -> None:
+    with pytest.raises(ValueError, match=r": it is an address, not a file: download it, .* data\.url and data\.sha256"):
+        TextFiles(url)
 
 
 CONTENT = b"First Citizen:\nBefore we proceed any further, hear me speak.\n" * 4_000
@@ -199,7 +243,7 @@ def test_a_failed_download_leaves_nothing_and_says_what_to_do(
     server: str, tmp_path: Path, path: str, sha256: str, says: str
 ) -> None:
     url = f"{server}/{path}"
-    with pytest.raises(ValueError, match=f"{url} could not be downloaded: .*{says}") as failed:
+    with pytest.raises(ValueError, match=f"^url={url}: it could not be downloaded: .*{says}") as failed:
         download(url, sha256, tmp_path)
     name = path.replace("/", "-")
     assert f"download it by hand, curl -L -o {name} {url}, and set data.path={name}" in str(failed.value)

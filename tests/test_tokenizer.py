@@ -24,11 +24,14 @@ any_text = st.text(st.characters(exclude_categories=["Cs"]))
 
 
 class Texts(list):
-    """Text in pieces, as a tokenizer learns from it."""
+    """Text in pieces, as a tokenizer learns from it; without validation."""
 
     @property
     def num_characters(self) -> int:
         return sum(map(len, self))
+
+    def with_validation(self) -> list[str]:
+        return self
 
 
 POEM = "Shall I compare thee to a summer's day? Thou art more lovely and more temperate: " * 20

@@ -385,7 +385,7 @@ def test_fast_dev_run_and_switched_off_parts(train) -> None:
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
-        (["model.n_heads=3"], "model: n_heads=3 does not divide d_model=16; allowed: 1, 2, 4, 8, 16"),
+        (["model.n_heads=3"], "model.n_heads=3 does not divide d_model=16; allowed: 1, 2, 4, 8, 16"),
         (["data.path=nothing.txt"], "data: nothing.txt: no such file or directory"),
         (["data=bin"], "data.train_path: a value is needed"),
         (["data=text", "data.path=[]"], "data: path=[]: no file"),

@@ -77,8 +77,8 @@ def test_windows_of_a_file_go_to_a_worker_as_the_files_name(tmp_path: Path) -> N
 
 def test_too_few_tokens_for_a_window() -> None:
     check_training(65, 64)
-    with pytest.raises(ValueError, match=r"64 tokens are too few for one window of seq_len=64 .* at least 65 are"):
-        check_training(64, 64)
+    with pytest.raises(ValueError, match=r"it has 64 tokens, too few for one window of data.seq_len=64 .* at least 65"):
+        check_training(64, 64, "it")
     check_validation(2, "it")
     with pytest.raises(ValueError, match="it has too few tokens, 1: at least 2 are needed"):
         check_validation(1, "it")
@@ -140,7 +140,7 @@ def test_an_epoch_takes_each_window_once(
     num_starts: int, stride: int, batch_size: int, world_size: int, epoch: int
 ) -> None:
     if num_starts // stride < batch_size * world_size:
-        with pytest.raises(ValueError, match="are too few for one batch"):
+        with pytest.raises(ValueError, match=r"too few for one batch|^stride="):
             order(num_starts, stride, batch_size, epoch, world_size=world_size)
         return
     ranks = [order(num_starts, stride, batch_size, epoch, rank=r, world_size=world_size) for r in range(world_size)]
@@ -153,6 +153,56 @@ def test_an_epoch_takes_each_window_once(
     assert starts.min() >= 0
     assert starts.max() < num_starts
     assert len(np.unique(starts % stride)) == 1
+
+
+@pytest.mark.parametrize(
+    ("num_starts", "stride", "batch_size", "world_size", "says"),
+    [
+        (
+            10,
+            1,
+            32,
+            1,
+            "batch_size=32: the training data has 10 windows, too few for one batch; at most 10, or",
+        ),
+        (105, 10, 6, 2, "batch_size=6: the training data has 10 windows, .* on each of 2 devices; at most 5, or"),
+        (20, 10, 1, 4, "batch_size=1: the training data has 2 windows, .* on each of 4 devices; fewer devices, or"),
+        (99, 100, 1, 1, "stride=100: the training data has only 99 windows; at most that many"),
+    ],
+)
+def test_what_would_be_enough_windows_is_said(
+    num_starts: int, stride: int, batch_size: int, world_size: int, says: str
+) -> None:
+    with pytest.raises(ValueError, match=f"^{says}"):
+        order(num_starts, stride, batch_size, world_size=world_size)
+
+
+def test_the_size_that_is_named_is_enough() -> None:
+    assert len(order(10, 1, 10)) == 1
+    assert len(order(105, 10, 5, world_size=2)) == 1
+    assert len(order(99, 99, 1)) == 1
+
+
+@pytest.mark.parametrize(("num_tokens", "seq_len", "stride"), [(23, 4, 4), (40, 5, 7), (19, 6, 3), (30, 4, 1)])
+def test_over_the_epochs_every_token_is_a_target(num_tokens: int, seq_len: int, stride: int) -> None:
+    """But the first, before which there is nothing; and each window has its turn."""
+    windows = Windows([np.arange(num_tokens)], seq_len)
+    epochs = [np.concatenate(list(order(len(windows), stride, 1, epoch))) for epoch in range(400)]
+    assert {len(starts) for starts in epochs} == {len(windows) // stride}
+    targets, starts = Counter(), Counter(np.concatenate(epochs).tolist())
+    for epoch in epochs:
+        once = Counter(windows.__getitems__(epoch)[1].flatten().tolist())
+        assert stride < seq_len or max(once.values()) == 1
+        targets += once
+    assert set(targets) == set(range(1, num_tokens))
+    assert set(starts) == set(range(len(windows)))
+
+
+def test_an_epoch_leaves_out_less_than_two_windows_at_the_ends() -> None:
+    windows = Windows([np.arange(1_000)], 16)
+    for epoch in range(200):
+        targets = windows.__getitems__(np.concatenate(list(order(len(windows), 16, 1, epoch))))[1].flatten()
+        assert len(torch.unique(targets)) == len(targets) > 999 - 2 * 16
 
 
 def test_more_batches_than_are_drawn_at_once() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from language_model.data.prepare import MakeTokenizer, prepare
-from language_model.data.text_files import TextFiles, download
+from language_model.data.text_files import NonEmpty, PathOrPaths, TextFiles, download, errors_name
 from language_model.data.token_files import token_files
 from language_model.data.tokenizer import Tokenizer
 from language_model.data.windows import (
@@ -153,38 +153,42 @@ class TextData(TokenData):
 
     def __init__(
         self,
-        path: str | list[str] | None,
+        path: PathOrPaths | None,
         tokenizer: MakeTokenizer,
-        cache: str,
+        cache: NonEmpty,
         seq_len: PositiveInt,
         batch_size: PositiveInt,
         stride: PositiveInt = 1,
-        val_path: str | list[str] | None = None,
+        val_path: PathOrPaths | None = None,
         val_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0,
-        field: str = "text",
+        field: NonEmpty = "text",
         encoding: str = "utf-8",
         newlines: Literal["keep", "normalise"] = "keep",
         end_of_text: bool | None = None,
-        url: str | None = None,
+        url: NonEmpty | None = None,
         sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None,
         num_workers: NonNegativeInt = 0,
         seed: NonNegativeInt = 0,
     ) -> None:
         if path is None:
             if url is None or sha256 is None:
-                raise ValueError("path: set data.path=..., or data.url and data.sha256 of a text to download")
+                raise ValueError("path=null: set data.path=..., or data.url and data.sha256 of a text to download")
             path = str(download(url, sha256, Path(cache)))
         text = functools.partial(TextFiles, field=field, encoding=encoding, newlines=newlines)
-        train, val = text(path), None if val_path is None else text(val_path)
+        train, val = text(path), None if val_path is None else text(val_path, parameter="val_path")
         if end_of_text is None:
             end_of_text = train.has_jsonl
 
-        def check_split(split: str, num_tokens: int) -> None:
+        def check_split(split: str, facts: dict[str, int]) -> None:
             if split == "val":
-                check_validation(num_tokens, "the validation text")
+                with errors_name("val_fraction", val_fraction) if val is None else errors_name("val_path", val_path):
+                    check_validation(facts["tokens"], "the validation text")
             else:
-                check_training(num_tokens, seq_len)
-                ShuffledBatches(num_tokens - seq_len, stride, batch_size, seed, epoch=lambda: 0)
+                share = f" ({facts['characters']:,} characters; data.val_fraction={val_fraction} takes the rest)"
+                with errors_name("path", path):
+                    what = "the training text" + (share if val is None and val_fraction else "")
+                    check_training(facts["tokens"], seq_len, what)
+                ShuffledBatches(facts["tokens"] - seq_len, stride, batch_size, seed, epoch=lambda: 0)
 
         self.corpus = prepare(train, val, val_fraction, tokenizer, end_of_text, Path(cache), check_split)
         super().__init__(
@@ -212,17 +216,18 @@ class BinData(TokenData):
 
     def __init__(
         self,
-        train_path: str | list[str],
-        val_path: str | list[str] | None,
+        train_path: PathOrPaths,
+        val_path: PathOrPaths | None,
         tokenizer: MakeTokenizer,
-        cache: str,
+        cache: NonEmpty,
         seq_len: PositiveInt,
         batch_size: PositiveInt,
         stride: PositiveInt = 1,
         num_workers: NonNegativeInt = 0,
         seed: NonNegativeInt = 0,
     ) -> None:
-        train, val = token_files(train_path), [] if val_path is None else token_files(val_path)
+        train = token_files(train_path, "train_path")
+        val = [] if val_path is None else token_files(val_path, "val_path")
         name = ", ".join(file.path.name for file in train[:2]) + (", ..." if len(train) > 2 else "")
         largest = {f: cached_fact("largest_id", f.path, Path(cache), f.largest_id) for f in (*train, *val)}
         made = tokenizer(NoText(max(largest[file] for file in train)), False)
@@ -232,8 +237,10 @@ class BinData(TokenData):
                     f"{file.path} has the id {largest[file]:,}; the tokenizer's go from 0 to {made.vocab_size - 1:,}"
                 )
         for file in val:
-            check_validation(len(file), str(file.path))
-        check_training(max(map(len, train)), seq_len)
+            with errors_name("val_path", val_path):
+                check_validation(len(file), str(file.path))
+        with errors_name("train_path", train_path):
+            check_training(max(map(len, train)), seq_len)
         super().__init__(name, made, train, val, seq_len, batch_size, stride, num_workers, seed)
         self.train_batch_sampler()  # raises if there are too few windows
 
@@ -250,3 +257,7 @@ class NoText:
         raise ValueError(
             "token files have no text to learn a tokenizer from: use tokenizer=file, with its path, or tokenizer=ids"
         )
+
+    def with_validation(self) -> Any:
+        """Raise the same error."""
+        return iter(self)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from filelock import FileLock
 
-from language_model.data.text_files import TextFiles
+from language_model.data.text_files import TextFiles, errors_name
 from language_model.data.token_files import TokenFile
 from language_model.data.tokenizer import Texts, Tokenizer, UnknownCharacterError
 from language_model.data.tokenizer_file import load_tokenizer
@@ -36,6 +36,7 @@ ORIGINAL_NAMES = {
 }
 
 MakeTokenizer = Callable[[Texts, bool], Tokenizer]
+CheckSplit = Callable[[str, dict[str, int]], None]
 
 
 class Corpus(NamedTuple):
@@ -55,7 +56,7 @@ def prepare(
     make_tokenizer: MakeTokenizer,
     end_of_text: bool,
     cache: Path,
-    check_split: Callable[[str, int], None],
+    check_split: CheckSplit,
 ) -> Corpus:
     """Tokenize a corpus into a folder in `cache`, or find it there.
 
@@ -66,10 +67,10 @@ def prepare(
         train: the text; without `val`, a share `val_fraction` of its characters at the end is for validation.
         val: the text for validation.
         val_fraction: 0 for no validation.
-        make_tokenizer: called with the training text and `end_of_text`.
+        make_tokenizer: called with the training text, which also gives the validation text, and `end_of_text`.
         end_of_text: whether each document ends with the tokenizer's token for that.
         cache: folder for prepared corpora.
-        check_split: called with each split's name (train, val) and number of tokens; ValueError if these are too few.
+        check_split: called with each split's name (train, val) and facts, as in Corpus; ValueError for too few tokens.
 
     Raises:
         OSError, ValueError: as TextFiles, the tokenizer and `check_split`, or for lack of space; nothing is left then.
@@ -90,7 +91,7 @@ def prepare(
             (partial / "corpus.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     corpus = load_corpus(folder)
     for split, facts_of_split in corpus.facts.items():
-        check_split(split, facts_of_split["tokens"])
+        check_split(split, facts_of_split)
     return corpus
 
 
@@ -134,16 +135,17 @@ def tokenize(
     val_fraction: float,
     make_tokenizer: MakeTokenizer,
     end_of_text: bool,
-    check_split: Callable[[str, int], None],
+    check_split: CheckSplit,
     folder: Path,
 ) -> tuple[dict[str, dict[str, int]], Tokenizer]:
     """Write the splits' token files; return the facts about each split, and the tokenizer."""
     everything = TextRange(train, "reading")
     num_characters = sum(map(len, everything))
     if not num_characters:
-        raise ValueError(f"{train.files[0]} is empty")
+        with errors_name(train.parameter, train.path):
+            raise ValueError("there is no text in it")
     cut = num_characters if val else int(num_characters * (1 - val_fraction))
-    tokenizer = make_tokenizer(TextRange(train, "learning the tokenizer of", 0, cut), end_of_text)
+    tokenizer = make_tokenizer(TrainingText(train, val, cut), end_of_text)
     ranges = {"train": TextRange(train, "tokenizing", 0, cut)}
     if val or val_fraction:
         ranges["val"] = TextRange(val, "tokenizing") if val else TextRange(train, "tokenizing", cut, num_characters)
@@ -153,9 +155,10 @@ def tokenize(
         try:
             facts[split] = encode(text_range, tokenizer, ending, folder / f"{split}.bin")
         except UnknownCharacterError as error:
-            name = train.name if split == "train" else "the validation text"
-            raise ValueError(f"{name}: {error}; tokenizer=byte and tokenizer=bpe accept any text") from None
-        check_split(split, facts[split]["tokens"])
+            part = "the validation text's " if split == "val" else ""
+            with errors_name(text_range.files.parameter, text_range.files.path):
+                raise ValueError(f"{part}{error}; tokenizer=byte and tokenizer=bpe accept any text") from None
+        check_split(split, facts[split])
     return facts, tokenizer
 
 
@@ -209,6 +212,20 @@ class TextRange:
                 yield text[first : int(last)], ends and self.start < position <= end
                 if position > end:
                     return
+
+
+class TrainingText(TextRange):
+    """The characters of a text up to `end`, and those that validation adds: the rest, or a text of its own."""
+
+    def __init__(self, files: TextFiles, val: TextFiles | None, end: int) -> None:
+        super().__init__(files, "learning the tokenizer of", 0, end)
+        self.val = val
+
+    def with_validation(self) -> Iterator[str]:
+        """Yield the pieces of the training text and then of the validation text."""
+        for files in (self.files, self.val):
+            if files:
+                yield from TextRange(files, self.what)
 
 
 def cut_at_spaces(pieces: Iterable[tuple[str, bool]]) -> Iterator[tuple[str, bool]]:

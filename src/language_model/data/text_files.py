@@ -4,16 +4,20 @@ import codecs
 import gzip
 import io
 import json
+import os
 import re
 import secrets
 import shlex
 import urllib.request
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from http.client import HTTPException
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal, NoReturn
 from urllib.error import HTTPError
+
+from pydantic import Field
 
 from language_model.files import sha256_of
 from language_model.terminal import progress
@@ -23,6 +27,8 @@ SUFFIXES = (".txt", ".text", ".md", *JSON_LINES)  # the files of a folder that a
 CHUNK = 1 << 20  # bytes read at a time
 
 Advance = Callable[[int], None]
+NonEmpty = Annotated[str, Field(min_length=1)]
+PathOrPaths = NonEmpty | Annotated[list[NonEmpty], Field(min_length=1)]  # of files, folders, globs: see `files_at`
 
 
 class TextFiles:
@@ -34,10 +40,11 @@ class TextFiles:
         field: the key of the text in a line of a .jsonl file.
         encoding: one of Python's.
         newlines: keep the line ends, or normalise Windows' and old Macs' to one newline character.
+        parameter: what `path` is called in messages.
 
     Raises:
-        OSError, ValueError: there is no such file; while reading: a file is incomplete or not text of that encoding,
-            or a line of .jsonl is not an object with that field.
+        ValueError: there is no such file, or it cannot be read; also, while reading: a file is incomplete or not text
+            of that encoding, or a line of .jsonl is not an object with that field. The message names `parameter`.
     """
 
     def __init__(
@@ -46,10 +53,12 @@ class TextFiles:
         field: str = "text",
         encoding: str = "utf-8",
         newlines: Literal["keep", "normalise"] = "keep",
+        parameter: str = "path",
     ) -> None:
-        self.files = files_at(path)
-        if not self.files:
-            raise ValueError("path=[]: no file is named")
+        self.path = path
+        self.parameter = parameter
+        with errors_name(parameter, path):
+            self.files = files_at(path)
         self.name = (Path(path).expanduser().resolve() if isinstance(path, str) else self.files[0]).name
         self.field = field
         self.newlines = newlines
@@ -74,16 +83,17 @@ class TextFiles:
 
         `advance` is called with the number of bytes that were read since its last call.
         """
-        for file in self.files:
-            if ends_in(file, JSON_LINES):
-                for number, line in enumerate(split_lines(self._decoded(file, advance)), 1):
-                    if line.strip():
-                        yield self._document_text(line, f"{file}, line {number:,}"), True
-            else:
-                newlines = io.IncrementalNewlineDecoder(None, translate=self.newlines == "normalise")
-                for text in self._decoded(file, advance):
-                    yield newlines.decode(text), False
-                yield newlines.decode("", final=True), True
+        with errors_name(self.parameter, self.path):
+            for file in self.files:
+                if ends_in(file, JSON_LINES):
+                    for number, line in enumerate(split_lines(self._decoded(file, advance)), 1):
+                        if line.strip():
+                            yield self._document_text(line, f"{file}, line {number:,}"), True
+                else:
+                    newlines = io.IncrementalNewlineDecoder(None, translate=self.newlines == "normalise")
+                    for text in self._decoded(file, advance):
+                        yield newlines.decode(text), False
+                    yield newlines.decode("", final=True), True
 
     def _decoded(self, file: Path, advance: Advance) -> Iterator[str]:
         decoder = codecs.getincrementaldecoder(self.encoding)()
@@ -135,23 +145,58 @@ class TextFiles:
 def files_at(path: str | list[str], suffixes: tuple[str, ...] = SUFFIXES) -> list[Path]:
     """Return the files that a path names: itself, those in a folder with these suffixes, or those matching a glob.
 
-    Files of a folder or a glob are sorted. OSError or ValueError if there are none.
+    Files of a folder or a glob are sorted. OSError or ValueError if there are none, or if one of them, or a folder in
+    the folder, cannot be read.
     """
     if not isinstance(path, str):
         return [file for one in path for file in files_at(one, suffixes)]
     place = Path(path).expanduser()
     if place.is_dir():
-        found = sorted(file for file in place.rglob("*") if file.is_file() and ends_in(file, suffixes))
+        inside = (Path(folder, name) for folder, _, names in os.walk(place, onerror=fail) for name in names)
+        found = sorted(file for file in inside if ends_in(file, suffixes))
         if not found:
-            raise ValueError(f"{place} has no file that ends in {', '.join(suffixes)} (or these with .gz)")
-        return found
-    if not place.exists() and re.search(r"[*?[]", path):
-        found = sorted(file for file in Path(place.anchor).glob(str(place.relative_to(place.anchor))) if file.is_file())
+            raise ValueError(f"{place}: it has no file that ends in {', '.join(suffixes)} (or these with .gz)")
+    elif not place.exists() and re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", path):
+        raise ValueError(
+            f"{path}: it is an address, not a file: download it, and give the file's path; "
+            "or, for one text, set data.path=null, data.url and data.sha256 (its checksum)"
+        )
+    elif not place.exists() and re.search(r"[*?[]", path):
+        matching = Path(place.anchor).glob(str(place.relative_to(place.anchor)))
+        found = sorted(file for file in matching if not file.is_dir())
         if not found:
-            raise ValueError(f"no file matches {path}")
-        return found
-    place.stat()  # raises if there is no such file
-    return [place]
+            raise ValueError(f"{path}: no file matches")
+    else:
+        found = [place]
+    for file in found:
+        check_readable(file)
+    return found
+
+
+def fail(error: OSError) -> NoReturn:
+    """Raise the error: a folder that cannot be listed is not left out in silence."""
+    raise error
+
+
+def check_readable(file: Path) -> None:
+    """Raise OSError or ValueError unless it is a regular file that can be opened: a pipe or a device never ends."""
+    if not file.is_file():
+        file.stat()  # raises if there is no such file
+        raise ValueError(f"{file}: it is not a regular file, and text is read several times: copy what it holds to one")
+    file.open("rb").close()
+
+
+@contextmanager
+def errors_name(parameter: str, value: object) -> Iterator[None]:
+    """Begin the message of an OSError or ValueError inside with ``parameter=value: ``; it becomes a ValueError."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        message = str(error)
+        if isinstance(error, OSError) and error.filename:
+            message = f"{error.filename}: {(error.strerror or '').lower()}"
+        shown = f"[{','.join(value)}]" if isinstance(value, list) else value
+        raise ValueError(f"{parameter}={shown}: {message.removeprefix(f'{value}: ')}") from error
 
 
 def ends_in(file: Path, suffixes: tuple[str, ...]) -> bool:
@@ -198,7 +243,8 @@ def download(url: str, sha256: str, folder: Path) -> Path:
             error.close()  # it is the response
         by_hand = f"curl -L -o {shlex.quote(target.name)} {shlex.quote(url)}"
         raise ValueError(
-            f"{url} could not be downloaded: {error}; download it by hand, {by_hand}, and set data.path={target.name}"
+            f"url={url}: it could not be downloaded: {error}; download it by hand, {by_hand}, "
+            f"and set data.path={target.name}"
         ) from None
     finally:
         partial.unlink(missing_ok=True)

@@ -1,6 +1,6 @@
 """Text to token ids and back: the interface of the tokenizers, and characters, bytes and plain ids.
 
-A tokenizer is made by a function of (texts, end_of_text): the training texts, from which it may learn, and whether it
+A tokenizer is made by a function of (texts, end_of_text): the training text, from which it may learn, and whether it
 needs a token that ends a document.
 """
 
@@ -20,12 +20,15 @@ END_OF_TEXT = "<|endoftext|>"
 
 
 class Texts(Protocol):
-    """Text in pieces, which can be iterated several times."""
+    """The training text in pieces, which can be iterated several times."""
 
     num_characters: int
 
     def __iter__(self) -> Any:
         """Start at the first piece."""
+
+    def with_validation(self) -> Iterable[str]:
+        """Return the pieces of the training text and then of the validation text."""
 
 
 class UnknownCharacterError(ValueError):
@@ -113,9 +116,9 @@ class CharTokenizer(Tokenizer):
 
     @classmethod
     def from_texts(cls, texts: Texts, end_of_text: bool) -> Self:
-        """Return the tokenizer of the characters in the texts."""
+        """Return the tokenizer of the characters in the training text and the validation text, as nanoGPT's."""
         seen = np.zeros(0x110000, bool)
-        for text in texts:
+        for text in texts.with_validation():
             seen[code_points(text)] = True
         return cls(map(chr, np.flatnonzero(seen)), end_of_text)
 
@@ -152,7 +155,7 @@ class ByteTokenizer(Tokenizer):
 
     @classmethod
     def from_texts(cls, texts: Texts, end_of_text: bool) -> Self:
-        """Return the tokenizer; the texts do not matter."""
+        """Return the tokenizer; the text does not matter."""
         return cls(end_of_text)
 
     def encode(self, text: str) -> np.ndarray:

@@ -109,9 +109,13 @@ def splitmix64(numbers: np.ndarray, key: np.uint64) -> np.ndarray:
 class ShuffledBatches(Sampler[np.ndarray]):
     """The window indices (B,) of each training batch, one epoch at a time, without the last partial batch.
 
-    Windows start `stride` tokens apart, from an offset that is random in each epoch. The order is a function of
-    (seed, epoch) alone. Of every `world_size` batches, the process `rank` takes the one with its number. A resumed
-    epoch starts after the batches that are `done`.
+    Windows start `stride` tokens apart, the same number of them from an offset that is random in each epoch: 0 to
+    stride - 1, or `stride` more where that many windows still fit, so that over the epochs every window has its turn.
+    The order is a function of (seed, epoch) alone. Of every `world_size` batches, the process `rank` takes the one
+    with its number. A resumed epoch starts after the batches that are `done`.
+
+    Raises:
+        ValueError: there are too few windows for one batch of each process.
     """
 
     def __init__(
@@ -126,6 +130,7 @@ class ShuffledBatches(Sampler[np.ndarray]):
         world_size: int = 1,
     ) -> None:
         self.num_windows = num_starts // stride  # the same number from every offset
+        self.num_starts = num_starts
         self.stride = stride
         self.batch_size = batch_size
         self.seed = seed
@@ -133,33 +138,42 @@ class ShuffledBatches(Sampler[np.ndarray]):
         self.done = done
         self.rank = rank
         self.world_size = world_size
+        if not self.num_windows:
+            raise ValueError(f"stride={stride}: the training data has only {num_starts:,} windows; at most that many")
         if not len(self):
             each = f" on each of {world_size} devices" if world_size > 1 else ""
-            raise ValueError(f"{self.num_windows:,} windows are too few for one batch of batch_size={batch_size}{each}")
+            allowed = f"at most {self.num_windows // world_size}" if self.num_windows >= world_size else "fewer devices"
+            raise ValueError(
+                f"batch_size={batch_size}: the training data has {self.num_windows:,} windows, too few for one batch"
+                f"{each}; {allowed}, or a smaller data.stride or data.seq_len"
+            )
 
     def __len__(self) -> int:
         return self.num_windows // (self.batch_size * self.world_size)
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        offset, *keys = np.random.SeedSequence((self.seed, self.epoch())).generate_state(9, np.uint64)
+        number, *keys = np.random.SeedSequence((self.seed, self.epoch())).generate_state(9, np.uint64)
+        later, offset = (int(part) for part in np.divmod(number, np.uint64(self.stride)))
+        if later % 2 and offset + self.stride * self.num_windows < self.num_starts:
+            offset += self.stride  # else the last windows would have no turn
         chunk = max(1, 4096 // self.batch_size)  # batches that are computed together
         for first in range(self.done(), len(self), chunk):
             batches = np.arange(first, min(first + chunk, len(self))) * self.world_size + self.rank
             positions = batches[:, None] * self.batch_size + np.arange(self.batch_size)
-            yield from int(offset % self.stride) + self.stride * permute(positions, self.num_windows, np.array(keys))
+            yield from offset + self.stride * permute(positions, self.num_windows, np.array(keys))
 
 
-def check_training(num_tokens: int, seq_len: int) -> None:
-    """Raise ValueError if there are too few tokens for one window."""
+def check_training(num_tokens: int, seq_len: int, what: str = "the training data") -> None:
+    """Raise ValueError if there are too few tokens for one window; `what` has them."""
     if num_tokens <= seq_len:
         raise ValueError(
-            f"{num_tokens:,} tokens are too few for one window of seq_len={seq_len} and its shifted target: "
-            f"at least {seq_len + 1} are needed"
+            f"{what} has {num_tokens:,} tokens, too few for one window of data.seq_len={seq_len} and its shifted "
+            f"target: at least {seq_len + 1} are needed"
         )
 
 
 def check_validation(num_tokens: int, what: str) -> None:
-    """Raise ValueError if there are too few tokens for one prediction."""
+    """Raise ValueError if there are too few tokens for one prediction; `what` has them."""
     if num_tokens < 2:
         raise ValueError(
             f"{what} has too few tokens, {num_tokens}: at least 2 are needed, one to predict from the other"
