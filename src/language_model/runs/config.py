@@ -42,6 +42,7 @@ SETTINGS: dict[str, Any] = {
     "folder": Annotated[str, Field(min_length=1)] | None,
     "vocab_size": PositiveInt | None,
     "total_steps": PositiveInt | None,
+    "cooldown_start": PositiveInt | None,
     "monitor": str | None,
     "monitor_mode": Literal["min", "max"] | None,
     "compile": bool | None,

@@ -11,16 +11,30 @@ No run folder is created while a plan is made, so a mistake in the settings leav
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import Callback, Checkpoint
+import torch
+from lightning.pytorch.callbacks import Callback
 from omegaconf import DictConfig
-from torch import nn
 
 from language_model.data.datamodule import TokenData
-from language_model.runs.config import ConfigError, build, check_choice, check_config, errors_for_key
-from language_model.runs.folder import choose_folder
+from language_model.runs.choices import (
+    build_data,
+    build_module,
+    build_trainer,
+    check_network,
+    check_validation_interval,
+    choose_arithmetic,
+    choose_compile,
+    choose_steps,
+    choose_warmup,
+)
+from language_model.runs.config import SETTINGS, build, check_config, check_value, errors_for_key
+from language_model.runs.folder import RUNS, choose_folder
+from language_model.runs.monitor import choose_monitor
 from language_model.runs.resume import (
     PreviousRun,
     check_checkpoint_fits,
@@ -30,13 +44,8 @@ from language_model.runs.resume import (
     is_finished,
     resolve_resume,
 )
-from language_model.terminal import setup_logging
-from language_model.training import hardware
+from language_model.terminal import log, setup_logging
 from language_model.training.module import LanguageModel
-from language_model.training.schedule import steps_in_run
-
-VALIDATION_METRICS = ("val/loss", "val/perplexity", "val/bits_per_byte")
-TRAINING_METRIC = "train/loss_epoch"
 
 
 @dataclass(frozen=True)
@@ -95,108 +104,58 @@ def make_plan(config: DictConfig, typed: Sequence[str]) -> Plan:
     Raises:
         ConfigError: a setting is wrong, or the run cannot resume with it.
     """
+    check_value("resume", config.resume, SETTINGS["resume"])
     config, overrides = resolve_resume(config, typed)
     check_config(config)
-    L.seed_everything(config.seed, workers=True, verbose=False)
     folder = choose_folder(config)
     config.folder = str(folder)
     previous = find_previous_run(folder)
-
-    data = build_data(config)
-    choose_arithmetic(config)
-    network = build(config, "model")
-    choose_monitor(config, data)
-    callbacks, trainer = build_trainer(config)
-    data.trainer = trainer  # the order of the windows depends on its devices
-    steps = choose_steps(config, data)
-    choose_compile(config, network, steps)
-    module = build_module(config, network, data)
-    if "sample" in callbacks:
-        with errors_for_key("callbacks.sample.prompt"):
-            data.tokenizer.encode(callbacks["sample"].prompt or data.default_prompt)
-
-    run = Plan(config, overrides, folder, data, module, callbacks, trainer, steps, previous)
+    parts = build_parts(config, overrides, previous.settings if previous else {})
+    run = Plan(config, overrides, folder, *parts, previous)
     check_resume(run)
     return run
 
 
-def build_data(config: DictConfig) -> TokenData:
-    """Return the data; fills in ``vocab_size``."""
-    data: TokenData = build(config, "data")
-    config.vocab_size = config.vocab_size or data.tokenizer.vocab_size
-    if config.vocab_size < data.tokenizer.vocab_size:
-        raise ConfigError(f"vocab_size={config.vocab_size}: the tokenizer has {data.tokenizer.vocab_size} tokens")
-    return data
+def rehearse(config: DictConfig, overrides: Sequence[str]) -> None:
+    """Raise ConfigError if a run with these settings could not start, as far as that can be known on this machine.
+
+    Nothing is kept. A job of a sweep may run on another machine, so devices and precision are not tried.
+    """
+    config = config.copy()
+    check_config(config)
+    config.trainer.update(accelerator="cpu", devices=1, num_nodes=1, strategy="auto", precision="32-true")
+    config.compile, config.folder = False, str(RUNS / "rehearsed")
+    with torch.random.fork_rng(devices=[]):
+        build_parts(config, overrides, {})
 
 
-def choose_arithmetic(config: DictConfig) -> None:
-    """Fill in precision, attention and fused optimizer, where they are null, as suits the device."""
-    device = hardware.device_type(config.trainer.accelerator)
-    precision = hardware.full_precision_name(config.trainer.precision or hardware.best_precision(device))
-    config.trainer.precision = precision
-    if config.model.get("attention", "") is None:
-        config.model.attention = hardware.best_attention(device, precision, config.model.get("dropout") or 0)
-    if config.optimizer.get("fused", False) is None:
-        config.optimizer.fused = hardware.can_fuse_optimizer(device, precision)
-    if precision == "16-mixed" and config.optimizer.get("fused"):
-        raise ConfigError("optimizer.fused=true: not possible with trainer.precision=16-mixed; set it to false")
+def build_parts(
+    config: DictConfig, overrides: Sequence[str], before: dict[str, Any]
+) -> tuple[TokenData, LanguageModel, dict[str, Callback], L.Trainer, int | None]:
+    """Return data, module, callbacks, trainer and the number of steps; fills in what is null in `config`.
 
-
-def choose_monitor(config: DictConfig, data: TokenData) -> None:
-    """Fill in the monitored metric: val/loss if the run validates, else train/loss_epoch."""
-    validates = data.has_validation and config.trainer.limit_val_batches != 0
-    metrics = [*VALIDATION_METRICS, TRAINING_METRIC] if validates else [TRAINING_METRIC]
-    config.monitor = config.monitor or metrics[0]
-    check_choice("monitor", config.monitor, metrics)
-
-
-def build_trainer(config: DictConfig) -> tuple[dict[str, Callback], L.Trainer]:
-    """Return the callbacks by name, and the trainer with them and the loggers."""
-    callbacks = {name: callback for name, callback in build(config, "callbacks").items() if callback}
-    trainer = build(
-        config,
-        "trainer",
-        callbacks=list(callbacks.values()),
-        logger=[logger for logger in build(config, "logger").values() if logger],
-        enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks.values()),  # or it adds one
-        plugins=[build(config, "checkpoint_io")],
-    )
-    return callbacks, trainer
-
-
-def choose_steps(config: DictConfig, data: TokenData) -> int | None:
-    """Return the optimizer steps of the run (None: no limit); fills in ``total_steps``, which the schedule spans."""
-    limits = ("max_epochs", "max_steps", "limit_train_batches", "accumulate_grad_batches")
-    steps = steps_in_run(len(data.train_batch_sampler()), **{limit: config.trainer[limit] for limit in limits})
-    config.total_steps = steps if config.total_steps is None else config.total_steps
-    if config.total_steps is None and "total_steps" in config.schedule:
-        raise ConfigError(
-            "total_steps: the schedule needs an end; set trainer.max_epochs, trainer.max_steps or total_steps"
-        )
-    return steps
-
-
-def choose_compile(config: DictConfig, network: nn.Module, steps: int | None) -> None:
-    """Fill in whether the network is compiled: if it saves time; ConfigError if it is asked for and impossible."""
-    device = hardware.device_type(config.trainer.accelerator)
-    can_compile = hasattr(network, "compile_for_training")
-    if config.compile is None:
-        config.compile = can_compile and hardware.worth_compiling(device, steps)
-    if config.compile and not can_compile:
-        raise ConfigError(f"compile=true: {config.model._target_} has no compile_for_training; set it to false")
-    if config.compile and (missing := hardware.missing_for_compiling(device)):
-        raise ConfigError(f"compile=true: this machine lacks {missing}; install it, or set compile=false")
-
-
-def build_module(config: DictConfig, network: nn.Module, data: TokenData) -> LanguageModel:
-    """Return the LightningModule; the optimizer and the schedule are tried once, so that their errors come early."""
-    optimizer, schedule = build(config, "optimizer"), build(config, "schedule")
-    module = LanguageModel(network, optimizer, schedule, data.tokenizer, compiled=config.compile)
-    with errors_for_key("schedule"):
-        module.schedule(0)
-    with errors_for_key("optimizer"):
-        module.configure_optimizers()
-    return module
+    Args:
+        config: the settings.
+        overrides: what of them was typed.
+        before: the settings of the run that is resumed.
+    """
+    L.seed_everything(config.seed, workers=True, verbose=False)
+    data = build_data(config)
+    choose_arithmetic(config)
+    network = build(config, "model")
+    check_network(network, config, data)
+    choose_monitor(config, data)
+    callbacks, trainer = build_trainer(config)
+    data.trainer = trainer  # the order of the windows depends on its devices
+    steps = choose_steps(config, data)
+    check_validation_interval(config, data, steps)
+    choose_warmup(config, overrides, before)
+    choose_compile(config, network, steps)
+    module = build_module(config, network, data, steps)
+    if "sample" in callbacks:
+        with errors_for_key("callbacks.sample.prompt"):
+            data.tokenizer.encode(callbacks["sample"].prompt or data.default_prompt)
+    return data, module, callbacks, trainer, steps
 
 
 def check_resume(run: Plan) -> None:
@@ -204,4 +163,26 @@ def check_resume(run: Plan) -> None:
     if run.previous is not None:
         check_same_settings(run.folder, run.previous.settings, run.config)
     if run.checkpoint is not None and not run.is_finished:
-        check_checkpoint_fits(run.checkpoint, run.module, run.steps)
+        done = check_checkpoint_fits(run.checkpoint, run.module, run.steps)
+        if run.previous is not None:
+            warn_of_stretched_schedule(run, done, run.previous.settings.get("total_steps"))
+
+
+def warn_of_stretched_schedule(run: Plan, done: int, total_before: int | None) -> None:
+    """Warn if the learning rate rises because the schedule of a resumed run now spans more steps than before.
+
+    Args:
+        run: the plan.
+        done: steps that the run has taken.
+        total_before: steps that the schedule spanned so far; None if it was without end.
+    """
+    schedule, total = run.module.schedule, run.config.total_steps
+    if total_before in (None, total) or not isinstance(schedule, partial) or "total_steps" not in schedule.keywords:
+        return
+    before = schedule.func(done, **{**schedule.keywords, "total_steps": total_before})
+    if schedule(done) > 1.05 * before:
+        log.warning(
+            f"the schedule is stretched from {total_before:,} to {total:,} steps: at step {done:,} the learning rate "
+            f"rises from {before:.2g} to {schedule(done):.2g}. To keep it at {before:.2g}: total_steps={total_before}; "
+            f"to let it fall from there to 0: total_steps={total_before} cooldown_start={done}"
+        )

@@ -19,12 +19,14 @@ from language_model.runs.config import ConfigError, as_dict, errors_for_key, fla
 from language_model.runs.folder import find_run, lock_folder, read_result, read_settings, read_yaml
 from language_model.runs.load import load_checkpoint
 from language_model.runs.moved_names import with_current_names
+from language_model.runs.trust import check_offered, check_overrides
 from language_model.terminal import log
 from language_model.training.module import LanguageModel
 
 # How a run is computed and watched, and how long it is, may change when it resumes; what it computes may not.
 CAN_CHANGE_ON_RESUME = (
     "name", "folder", "resume", "compile", "model.attention", "optimizer.fused", "total_steps", "schedule.total_steps",
+    "cooldown_start",
     "trainer.max_epochs", "trainer.max_steps", "trainer.max_time", "trainer.accelerator", "trainer.devices",
     "trainer.num_nodes", "trainer.strategy", "trainer.log_every_n_steps", "trainer.enable_*", "trainer.detect_anomaly",
     "trainer.benchmark", "trainer.default_root_dir", "data.num_workers", "data.cache", "logger.*",
@@ -64,9 +66,13 @@ def resolve_resume(config: DictConfig, typed: Sequence[str]) -> tuple[DictConfig
         return config, typed
     folder = find_run("resume", str(config.resume))
     typed = [override for override in typed if override_key(override) not in ("resume", "name")]
-    saved = with_current_names([str(override) for override in read_yaml(folder / "overrides.yaml")])
-    overrides = [old for old in saved if override_key(old) not in map(override_key, typed)] + typed
+    file = folder / "overrides.yaml"
+    saved = with_current_names([str(override) for override in read_yaml(file) or []])
+    kept = [old for old in saved if override_key(old) not in map(override_key, typed)]
+    check_overrides(kept, display_path(file))
+    overrides = [*kept, *typed]
     config = compose(overrides)
+    check_offered(OmegaConf.to_container(config), display_path(file), typed)  # type: ignore[arg-type]  # a dict
     config.folder = str(folder)
     return config, overrides
 
@@ -162,6 +168,9 @@ def check_same_settings(folder: Path, before: dict[str, Any], config: DictConfig
     now = flatten(as_dict(config))
     if not derived:
         now |= {k: before[k] for k in now if now[k] is None and k in before and any(fnmatch(k, d) for d in DERIVED)}
+        warmup, total = "schedule.warmup_steps", before.get("total_steps")
+        if total is not None and now.get(warmup, 0) > total:  # it was shortened, if it was not typed
+            now[warmup] = before.get(warmup)
     changed = [
         f"{key}={before.get(key, 'nothing')} then, {now.get(key, 'nothing')} now"
         for key in dict.fromkeys((*before, *now))
@@ -175,8 +184,8 @@ def check_same_settings(folder: Path, before: dict[str, Any], config: DictConfig
         )
 
 
-def check_checkpoint_fits(checkpoint: Path, module: LanguageModel, steps: int | None) -> None:
-    """Raise ConfigError for a checkpoint of another network or tokenizer, or one that has reached all the steps.
+def check_checkpoint_fits(checkpoint: Path, module: LanguageModel, steps: int | None) -> int:
+    """Return the steps that a checkpoint was trained for; ConfigError for a checkpoint of another network or tokenizer, or one that has reached all the steps.
 
     Args:
         checkpoint: the file.
@@ -202,3 +211,4 @@ def check_checkpoint_fits(checkpoint: Path, module: LanguageModel, steps: int | 
             f"resume: {display_path(checkpoint)} was trained for {done:,} steps already, and the run ends at "
             f"{steps:,}; set a larger trainer.max_epochs or trainer.max_steps"
         )
+    return done

@@ -28,6 +28,8 @@ def grid(sweep: Sweep, arguments: list[str], max_jobs: PositiveInt, params: dict
     all_asked = sweep.check_same(asked)
     jobs = sweep.jobs([dict(zip(asked, values, strict=True)) for values in product(*asked.values())], all_asked)
     configs = {job.folder: sweep.compose(job) for job in jobs}  # checks them all before the first one starts
+    for job in jobs:
+        sweep.rehearse(job)
     todo = [job for job in jobs if not job_is_finished(job.folder, without_hydra(configs[job.folder]))]
     sweep.create_folder(all_asked, len(todo))
     for job in jobs:

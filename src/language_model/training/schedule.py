@@ -4,6 +4,7 @@ The step is the first argument; ``conf/schedule`` sets the others.
 """
 
 import math
+from collections.abc import Callable
 
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
@@ -47,6 +48,21 @@ def warmup_linear(
     return min_lr + (lr - min_lr) * (1 - decay_progress(step, warmup_steps, total_steps))
 
 
+def with_cooldown(schedule: Callable[[int], float], start: int, end: int | None) -> Callable[[int], float]:
+    """Return a schedule that falls from step `start` on, in a straight line from its rate there to 0 at step `end`.
+
+    ValueError unless the run ends after `start`.
+    """
+    if end is None or end <= start:
+        ends = "has no end" if end is None else f"ends at step {end}"
+        raise ValueError(f"the run {ends}; a later end is needed, by trainer.max_epochs or trainer.max_steps")
+
+    def rate(step: int) -> float:
+        return schedule(step) if step <= start else schedule(start) * max(0.0, (end - step) / (end - start))
+
+    return rate
+
+
 def steps_in_run(
     batches: int,
     max_epochs: int | None,
@@ -59,14 +75,17 @@ def steps_in_run(
     max_epochs and max_steps of -1 mean no limit; limit_train_batches is a share (float) or a number (int). The last
     accumulation of an epoch is a step even if it is smaller.
     """
-    if isinstance(limit_train_batches, float):
-        batches = int(batches * limit_train_batches)
-    elif limit_train_batches is not None:
-        batches = min(batches, limit_train_batches)
     ends = [max_steps] if max_steps >= 0 else []
     if max_epochs is not None and max_epochs >= 0:
-        ends.append(max_epochs * math.ceil(batches / accumulate_grad_batches))
+        ends.append(max_epochs * math.ceil(limited(batches, limit_train_batches) / accumulate_grad_batches))
     return min(ends, default=None)
+
+
+def limited(batches: int, limit: float | None) -> int:
+    """Return how many of `batches` are used, by one of Lightning's limits: a share (float), a number (int), or None."""
+    if isinstance(limit, float):
+        return int(batches * limit)
+    return batches if limit is None else min(batches, limit)
 
 
 def decay_progress(step: int, warmup_steps: int, total_steps: int) -> float:

@@ -1,0 +1,175 @@
+"""What is decided before a run's first step: the settings that were left null, and whether the parts fit together."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback, ProgressBar
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from language_model.data.datamodule import TokenData
+from language_model.runs.command_line import override_key
+from language_model.runs.config import ConfigError, build, errors_for_key, one_line
+from language_model.runs.monitor import MonitorCheck, monitored
+from language_model.terminal import log
+from language_model.training import hardware
+from language_model.training.module import LanguageModel
+from language_model.training.schedule import limited, steps_in_run, with_cooldown
+
+
+def build_data(config: DictConfig) -> TokenData:
+    """Return the data; fills in ``vocab_size``."""
+    data: TokenData = build(config, "data")
+    config.vocab_size = config.vocab_size or data.tokenizer.vocab_size
+    if config.vocab_size < data.tokenizer.vocab_size:
+        raise ConfigError(f"vocab_size={config.vocab_size}: the tokenizer has {data.tokenizer.vocab_size} tokens")
+    return data
+
+
+def choose_arithmetic(config: DictConfig) -> None:
+    """Fill in precision, attention and fused optimizer, where they are null, as suits the device."""
+    settings = config.trainer
+    with errors_for_key(f"trainer.accelerator={settings.accelerator}"):
+        device = hardware.find_device(settings.accelerator).type
+    indices = settings.devices if OmegaConf.is_list(settings.devices) else [settings.devices]
+    largest = max((i + OmegaConf.is_list(settings.devices) for i in indices if isinstance(i, int)), default=1)
+    if device != "cpu" and largest > torch.accelerator.device_count():
+        raise ConfigError(f"trainer.devices={settings.devices}: this machine has {torch.accelerator.device_count()}")
+    precision = hardware.full_precision_name(config.trainer.precision or hardware.best_precision(device))
+    config.trainer.precision = precision
+    if config.model.get("attention", "") is None:
+        config.model.attention = hardware.best_attention(device, precision, config.model.get("dropout") or 0)
+    if config.optimizer.get("fused", False) is None:
+        config.optimizer.fused = hardware.can_fuse_optimizer(device, precision)
+    if precision == "16-mixed" and config.optimizer.get("fused"):
+        raise ConfigError("optimizer.fused=true: not possible with trainer.precision=16-mixed; set it to false")
+
+
+def build_trainer(config: DictConfig) -> tuple[dict[str, Callback], L.Trainer]:
+    """Return the callbacks by name, and the trainer with them and the loggers."""
+    callbacks = {name: callback for name, callback in build(config, "callbacks").items() if callback}
+    trainer = build(
+        config,
+        "trainer",
+        enable_progress_bar=any(isinstance(callback, ProgressBar) for callback in callbacks.values()),  # or it adds one
+        callbacks=[MonitorCheck(monitored(config)), *callbacks.values()],
+        logger=[logger for logger in build(config, "logger").values() if logger],
+        plugins=[build(config, "checkpoint_io")],
+    )
+    return callbacks, trainer
+
+
+def choose_steps(config: DictConfig, data: TokenData) -> int | None:
+    """Return the optimizer steps of the run (None: no limit); fills in ``total_steps``, which the schedule spans."""
+    settings = config.trainer
+    limit = settings.overfit_batches or settings.limit_train_batches  # Lightning's order
+    with errors_for_key("data", parameters=config.data):
+        batches = len(data.train_batch_sampler())
+    if limited(batches, limit) < 1:
+        raise ConfigError(f"trainer.limit_train_batches={limit}: leaves none of an epoch's {batches:,} batches")
+    steps = steps_in_run(batches, settings.max_epochs, settings.max_steps, limit, settings.accumulate_grad_batches)
+    config.total_steps = steps if config.total_steps is None else config.total_steps
+    if config.total_steps is None and "total_steps" in config.schedule:
+        raise ConfigError(
+            "total_steps: the schedule needs an end; set trainer.max_epochs, trainer.max_steps or total_steps"
+        )
+    return steps
+
+
+def choose_warmup(config: DictConfig, overrides: Sequence[str], before: dict[str, Any]) -> None:
+    """Shorten a warmup that was not typed and is longer than the schedule, to a tenth of it; log a line that says so.
+
+    A resumed run keeps its own; `before` are its settings.
+    """
+    key, total = "schedule.warmup_steps", config.total_steps
+    if "warmup_steps" not in config.schedule or total is None or key in map(override_key, overrides):
+        return
+    config.schedule.warmup_steps = before.get(key, config.schedule.warmup_steps)
+    if config.schedule.warmup_steps > total:
+        shorter = total // 10
+        longer = f"{config.schedule.warmup_steps} would be more than its {total}"
+        log.info(f"warmup   {shorter} steps, a tenth of the schedule: {longer}")
+        config.schedule.warmup_steps = shorter
+
+
+def check_validation_interval(config: DictConfig, data: TokenData, steps: int | None) -> None:
+    """Raise ConfigError if a run that can validate would never do so, by the intervals that are set."""
+    settings = config.trainer
+    if not data.has_validation or settings.limit_val_batches == 0:
+        return
+    batches = limited(len(data.train_batch_sampler()), settings.limit_train_batches)
+    interval, epochs = settings.val_check_interval, settings.check_val_every_n_epoch
+    if epochs is None:
+        if isinstance(interval, float):
+            raise ConfigError(
+                f"trainer.val_check_interval={interval}: a whole number of batches is needed while "
+                "trainer.check_val_every_n_epoch=null"
+            )
+        batches = None if steps is None else steps * settings.accumulate_grad_batches
+    if batches is not None and (int(interval * batches) if isinstance(interval, float) else min(batches, interval)) < 1:
+        raise ConfigError(f"trainer.val_check_interval={interval}: less than one of an epoch's {batches:,} batches")
+    if isinstance(interval, int) and batches is not None and interval > batches:
+        what = "the run" if epochs is None else "an epoch"
+        raise ConfigError(
+            f"trainer.val_check_interval={interval}: {what} has {batches:,} batches, so it would never validate; "
+            f"allowed: 1 to {batches:,}"
+        )
+
+
+def check_network(network: nn.Module, config: DictConfig, data: TokenData) -> None:
+    """Raise ConfigError unless the network maps tokens (B, T) to logits (B, T, V or more), in floating point.
+
+    It is tried on two windows, on the meta device if it can be: without computing.
+    """
+    if not isinstance(network, nn.Module):
+        raise ConfigError(f"model: {config.model._target_} gives no torch.nn.Module but {type(network).__name__}")
+    B, T, V = 2, config.data.seq_len, data.tokenizer.vocab_size
+    needed = f"(B, T, V) = ({B}, {T}, {V} or more) of floating-point numbers are needed for tokens ({B}, {T})"
+    tokens, training = torch.zeros(B, T, dtype=torch.int64), network.training
+    weights = {**dict(network.named_parameters()), **dict(network.named_buffers())}
+    network.eval()
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        try:
+            try:
+                meta = {name: weight.to("meta") for name, weight in weights.items()}
+                logits = torch.func.functional_call(network, meta, (tokens.to("meta"),))
+            except Exception:  # not every network can, or there is a mistake: its message is clearer with numbers
+                logits = network(tokens)
+        except Exception as error:
+            words = f"the network fails on tokens ({B}, {T}): {one_line(str(error)) or type(error).__name__}"
+            raise ConfigError(f"model, with data.seq_len={T}: {words}") from error
+        finally:
+            network.train(training)
+    if not isinstance(logits, torch.Tensor):
+        raise ConfigError(f"model: the network returns {type(logits).__name__}; logits {needed}")
+    fits = logits.is_floating_point() and logits.ndim == 3 and logits.shape[:2] == (B, T) and logits.shape[2] >= V
+    if not fits:
+        raise ConfigError(f"model: the network returns {tuple(logits.shape)} of {logits.dtype}; logits {needed}")
+
+
+def choose_compile(config: DictConfig, network: nn.Module, steps: int | None) -> None:
+    """Fill in whether the network is compiled: if it saves time; ConfigError if it is asked for and impossible."""
+    device = hardware.device_type(config.trainer.accelerator)
+    can_compile = hasattr(network, "compile_for_training")
+    if config.compile is None:
+        config.compile = can_compile and hardware.worth_compiling(device, steps)
+    if config.compile and not can_compile:
+        raise ConfigError(f"compile=true: {config.model._target_} has no compile_for_training; set it to false")
+    if config.compile and (missing := hardware.missing_for_compiling(device)):
+        raise ConfigError(f"compile=true: this machine lacks {missing}; install it, or set compile=false")
+
+
+def build_module(config: DictConfig, network: nn.Module, data: TokenData, steps: int | None) -> LanguageModel:
+    """Return the LightningModule; the optimizer and the schedule are tried once, so that their errors come early."""
+    optimizer, schedule = build(config, "optimizer"), build(config, "schedule")
+    if config.cooldown_start is not None:
+        with errors_for_key(f"cooldown_start={config.cooldown_start}"):
+            schedule = with_cooldown(schedule, config.cooldown_start, steps)
+    module = LanguageModel(network, optimizer, schedule, data.tokenizer, compiled=config.compile)
+    with errors_for_key("schedule", parameters=config.schedule):
+        module.schedule(0)
+    with errors_for_key("optimizer"):
+        module.configure_optimizers()
+    return module
