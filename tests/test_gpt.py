@@ -217,6 +217,20 @@ def test_dropout_works_for_every_p_and_shape(p: float, shape: list[int]) -> None
     assert all(value in (0, pytest.approx(1 / (1 - p))) for value in kept.unique().tolist())
 
 
+@pytest.mark.slow  # compiles
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_dropout_draws_the_same_masks() -> None:
+    """Also where one process compiles it with several p."""
+    x = torch.ones(3, 1_003)
+    for p in (0.001, 0.1, 0.5, 0.999):
+        dropout = Dropout(p)
+        compiled = torch.compile(lambda x, each=dropout: each(x), options={"fallback_random": True})
+        torch.manual_seed(1)
+        expected = dropout(x)
+        torch.manual_seed(1)
+        assert compiled(x).equal(expected)
+
+
 def test_normalised_queries_and_keys_have_the_epsilon_of_the_blocks() -> None:
     """Queries and keys so small that the epsilon decides: by the formula of RMSNorm with the blocks' 1e-6."""
     network = scrambled(qk_norm=True, norm="rmsnorm", bias=False, n_layers=1)
