@@ -29,12 +29,11 @@ PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 EXECUTED = [page for page in PAGES if page.name != "extend.md" and "```python" in page.read_text("utf-8")]
 
 
-def commands(page: Path) -> list[str]:
-    """Return the page's commands that start with ``python``, without comments: in sh and console blocks, and inline.
+def commands(text: str) -> list[str]:
+    """Return a page's commands that start with ``python``, without comments: in sh and console blocks, and inline.
 
     Inline, ``python`` may be left out where overrides follow the script.
     """
-    text = page.read_text("utf-8")
     blocks = re.findall(r"```(?:sh|console)\n(.*?)```", text, re.S)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
     inline = re.sub(r"```.*?```", "", text, flags=re.S)
@@ -44,7 +43,9 @@ def commands(page: Path) -> list[str]:
     return [shlex.join(shlex.split(line, comments=True)) for line in found if line.startswith("python ")]
 
 
-COMMANDS = dict.fromkeys(command for page in PAGES if page.name != "extend.md" for command in commands(page))
+COMMANDS = dict.fromkeys(
+    command for page in PAGES if page.name != "extend.md" for command in commands(page.read_text("utf-8"))
+)
 
 
 def overrides_of(command: str) -> tuple[str, list[str]]:
@@ -102,6 +103,38 @@ def test_every_command_is_one_that_the_script_takes(command: str) -> None:
         elif (keys := runpy.run_path(str(ROOT / script)).get("KEYS")) and overrides:
             check_values(config, keys)
     check_hydras_own(hydras)
+
+
+def unexplained_tables(text: str) -> list[str]:
+    """Return the headings of a page's sections that have a table of measured figures and no command of a script.
+
+    A figure counts as measured if it has a decimal point or a unit, outside of code and of addresses.
+    """
+    sections, fenced = [""], False
+    for line in text.splitlines(keepends=True):
+        fenced ^= line.startswith("```")
+        sections += [""] if line.startswith("#") and not fenced else []
+        sections[-1] += line
+    found = []
+    for section in sections:
+        rows = "\n".join(re.findall(r"^\|.*$", section, re.M))
+        cells = re.sub(r"`[^`]*`|\]\([^)]*\)", "", rows)
+        measured = re.search(r"\d\.\d|\d ?%|\d (?:ms|µs|s|min|minutes|MB|GB)\b", cells)
+        if measured and not any("scripts/" in command for command in commands(section)):
+            found.append(section.partition("\n")[0])
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_table_of_figures_names_its_command(page: Path) -> None:
+    """In the same section. That the script takes the command is tested above."""
+    assert unexplained_tables(page.read_text("utf-8")) == []
+
+
+def test_a_table_of_figures_without_a_command_is_found() -> None:
+    explained = "## More\n```sh\n# not a heading\npython scripts/train.py\n```\n| 2 s |\n"
+    assert unexplained_tables(f"# Speed\n\n| `model=nano` | 1.5 |\n{explained}") == ["# Speed"]
+    assert unexplained_tables("| see [speed](1.5.md) | `lr=0.1` | 3 layers |") == []
 
 
 def check_hydras_own(overrides: list[str]) -> None:

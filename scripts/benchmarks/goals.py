@@ -99,7 +99,7 @@ def time_to_loss(config: DictConfig) -> list[Row]:
     losses = [run["loss"] for run in ours]
     their_loss = statistics.mean(run["loss"] for run in theirs)
     missed = "" if statistics.mean(losses) <= their_loss else ", not reached"
-    loss = f"{statistics.mean(losses):.3f}{missed} against {their_loss:.3f}"
+    loss = f"{mean_text(losses)}{missed} against {their_loss:.4f}"
     rows: list[Row] = []
     for goal, what, key, wanted in (
         (1, "steps only", "training_seconds", 0.1),
@@ -128,13 +128,19 @@ def recipe_loss(goal: int, config: DictConfig) -> list[Row]:
             references.append(log_figures("nanoGPT", run_nanogpt(config.path, config.nanogpt)))
         runs.append(log_figures(name, train(f"experiment={name}", CPU, f"data.path={config.path}", f"seed={i}")))
     losses = [run["loss"] for run in runs]
-    deviation = statistics.stdev(losses) if len(losses) > 1 else math.nan
-    spread = f"± {deviation:.4f}; whole command {range_text([run['command_seconds'] for run in runs])} s"
+    seconds = [run["command_seconds"] for run in runs]
+    spread = f"whole command {median_text(seconds)} s ({range_text(seconds)})"
     spread += f", steps {median_text([run['training_seconds'] for run in runs])} s"
     if references:
         spread += f"; nanoGPT {statistics.mean(run['loss'] for run in references):.4f}"
         spread += f" in {median_text([run['command_seconds'] for run in references])} s"
-    return [(goal, f"`experiment={name}`", wanted, f"{statistics.mean(losses):.4f}", spread)]
+    return [(goal, f"`experiment={name}`", wanted, mean_text(losses), spread)]
+
+
+def mean_text(losses: list[float]) -> str:
+    """Return the mean and the standard deviation of some losses as text."""
+    deviation = statistics.stdev(losses) if len(losses) > 1 else math.nan
+    return f"{statistics.mean(losses):.4f} ± {deviation:.4f}"
 
 
 def lightning_overhead(config: DictConfig) -> list[Row]:
