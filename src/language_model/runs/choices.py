@@ -28,15 +28,23 @@ def build_data(config: DictConfig) -> TokenData:
     return data
 
 
-def choose_arithmetic(config: DictConfig) -> None:
-    """Fill in precision, attention and fused optimizer, where they are null, as suits the device."""
+def check_devices(config: DictConfig) -> str:
+    """Return the type of the device that is meant; ConfigError if this machine does not have it, or not so many."""
     settings = config.trainer
     with errors_for_key(f"trainer.accelerator={settings.accelerator}"):
         device = hardware.find_device(settings.accelerator).type
-    indices = settings.devices if OmegaConf.is_list(settings.devices) else [settings.devices]
-    largest = max((i + OmegaConf.is_list(settings.devices) for i in indices if isinstance(i, int)), default=1)
+    wanted, is_list = settings.devices, OmegaConf.is_list(settings.devices)
+    if device == "cpu" and (is_list or wanted == -1):
+        raise ConfigError(f"trainer.devices={wanted}: on a CPU, allowed: auto, or a number of processes")
+    largest = max(wanted) + 1 if is_list else wanted if isinstance(wanted, int) else 1
     if device != "cpu" and largest > torch.accelerator.device_count():
-        raise ConfigError(f"trainer.devices={settings.devices}: this machine has {torch.accelerator.device_count()}")
+        raise ConfigError(f"trainer.devices={wanted}: this machine has {torch.accelerator.device_count()} of them")
+    return device
+
+
+def choose_arithmetic(config: DictConfig) -> None:
+    """Fill in precision, attention and fused optimizer, where they are null, as suits the device."""
+    device = check_devices(config)
     precision = hardware.full_precision_name(config.trainer.precision or hardware.best_precision(device))
     config.trainer.precision = precision
     if config.model.get("attention", "") is None:

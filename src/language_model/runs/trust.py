@@ -13,16 +13,17 @@ import pkgutil
 import re
 from collections.abc import Iterator, Sequence
 from inspect import isclass
+from pathlib import Path
 from typing import Any
 
 import yaml
 
-from language_model.files import ROOT
-from language_model.runs.command_line import override_key
+from language_model.files import ROOT, display_path
 from language_model.runs.config import ConfigError
+from language_model.terminal import log
 
-# Keys whose values are folders that a run writes to.
-WRITTEN = re.compile(r"(^|\.)(dirpath|save_dir|cache|default_root_dir)$")
+# Keys whose values are folders that a run writes to, besides its own.
+WRITTEN = re.compile(r"(^|\.)(dirpath|save_dir|default_root_dir)$")
 
 
 def check_offered(settings: dict[str, Any], where: str, typed: Sequence[str] = ()) -> None:
@@ -44,14 +45,23 @@ def check_offered(settings: dict[str, Any], where: str, typed: Sequence[str] = (
             )
 
 
-def check_overrides(saved: Sequence[str], where: str) -> None:
-    """Raise ConfigError for a saved override with which resuming would read the environment or write elsewhere."""
+def harmless_overrides(saved: Sequence[str], file: Path) -> list[str]:
+    """Return the overrides in a run's `file` without a ``data.cache`` that holds no corpora.
+
+    ConfigError for one by which resuming would read the environment, or write outside the run's folder.
+    """
+    kept = []
     for override in saved:
-        key = override_key(override)
-        if key.startswith("hydra") or "${oc." in override or WRITTEN.search(key):
+        key, _, value = override.partition("=")
+        if key == "data.cache" and not any(Path(value.strip("'\"")).glob("*/corpus.json")):
+            log.info(f"cache    {override} of {display_path(file)} is left out: no corpora are there")
+            continue
+        if key.lstrip("+~").startswith("hydra") or "${oc." in override or WRITTEN.search(key):
             raise ConfigError(
-                f"{override} in {where}: could reach outside the run's folder: refused, unless you type it as well"
+                f"{override} in {display_path(file)}: could reach outside the run's folder: refused, unless you type it"
             )
+        kept.append(override)
+    return kept
 
 
 def targets(settings: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], str]]:

@@ -2,9 +2,10 @@
 
 import math
 from collections.abc import Iterator
+from fnmatch import fnmatch
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import AfterValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveInt
+from pydantic import AfterValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 
 class Allowed(NamedTuple):
@@ -36,9 +37,11 @@ FILE_NAME = Allowed(
     Annotated[str, Field(pattern=r"^[A-Za-z0-9_][^/\\]*$"), AfterValidator(differ_from_last)],
     "a file's name without its folder, and not last",
 )
+NOT_NEGATIVE = Allowed(NonNegativeFloat, "0 and up")
+BETA = Annotated[float, Field(ge=0, lt=1)]
 MODE = Allowed(Literal["min", "max"], "min, max")
 
-# By target and key. A key that is not listed is checked against its annotation.
+# By target (a pattern) and key. A key that is not listed is checked against its annotation.
 ALLOWED: dict[str, dict[str, Allowed]] = {
     "lightning.Trainer": {
         "accelerator": Allowed(Literal["auto", "cpu", "gpu", "cuda", "mps"], "auto, cpu, gpu, cuda, mps"),
@@ -73,7 +76,7 @@ ALLOWED: dict[str, dict[str, Allowed]] = {
         "use_distributed_sampler": Allowed(Literal[False], "false: the data module divides the windows itself"),
         "default_root_dir": FOLDER,
     },
-    "lightning.pytorch.callbacks.ModelCheckpoint": {
+    "*.callbacks.*Checkpoint": {
         "dirpath": FOLDER,
         "filename": FILE_NAME,
         "mode": MODE,
@@ -85,13 +88,26 @@ ALLOWED: dict[str, dict[str, Allowed]] = {
     "lightning.pytorch.callbacks.EarlyStopping": {
         "mode": MODE,
         "patience": POSITIVE,
-        "min_delta": Allowed(NonNegativeFloat, "0 and up"),
+        "min_delta": NOT_NEGATIVE,
     },
     "lightning.pytorch.loggers.CSVLogger": {
         "save_dir": FOLDER,
         "flush_logs_every_n_steps": POSITIVE,
     },
+    "torch.optim.*": {
+        "lr": Allowed(PositiveFloat, "above 0"),
+        "eps": NOT_NEGATIVE,
+        "momentum": NOT_NEGATIVE,
+        "weight_decay": NOT_NEGATIVE,
+        "betas": Allowed(tuple[BETA, BETA], "two numbers from 0 to below 1"),
+        "alpha": Allowed(BETA, "from 0 to below 1"),
+    },
 }
+
+
+def allowed_values(target: str) -> dict[str, Allowed]:
+    """Return the values that a target's keys may have, as far as `ALLOWED` lists them."""
+    return next((keys for pattern, keys in ALLOWED.items() if fnmatch(target, pattern)), {})
 
 
 def non_finite_numbers(value: Any) -> Iterator[float]:
