@@ -11,12 +11,14 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import lightning as L
 import pytest
 import torch
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from language_model.files import write_json
+from language_model.runs.monitor import choose_mode
 from language_model.sweeps import job, summary
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -129,12 +131,26 @@ def shared_run(tmp_path_factory: pytest.TempPathFactory, corpora: str) -> Run:
 Sweep = Callable[..., str]
 
 
+class Accuracy(L.Callback):
+    """Logs a made-up metric of which a higher value is better, at the end of each epoch: it rises by 0.1 a step."""
+
+    def __init__(self, name: str = "train/accuracy") -> None:
+        self.name = name
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        pl_module.log(self.name, 0.1 * trainer.global_step)
+
+
+ACCURACY = ["+callbacks.accuracy._target_=conftest.Accuracy", "monitor=train/accuracy"]
+
+
 class Jobs:
     """Made-up runs: what each comes to is a function of its config."""
 
     def __init__(self) -> None:
         self.done: list[str] = []
         self.outcome: Callable[[DictConfig], float | str] = lambda config: config.optimizer.lr
+        self.best: Callable[[DictConfig], float | str] = lambda config: self.outcome(config)  # during the run
         self.config: DictConfig
 
     def run_job(self, config: DictConfig) -> None:
@@ -145,7 +161,10 @@ class Jobs:
         self.done.append(folder.name)
         OmegaConf.save(self.config, folder / "config.yaml", resolve=True)
         came_to = self.outcome(self.config)
-        result = {"steps": 10, "seconds": 2.0, "monitor": "train/loss_epoch", "best": came_to, "metrics": {}}
+        metric = self.config.monitor or "train/loss_epoch"
+        mode = choose_mode("monitor_mode", metric, self.config.monitor_mode)
+        result = {"steps": 10, "seconds": 2.0, "monitor": metric, "monitor_mode": mode}
+        result |= {"best": self.best(self.config), "metrics": {metric: came_to}}
         if isinstance(came_to, str):
             result = {"status": "failed", "error": came_to}
         write_json(folder / "result.json", {"status": "finished"} | result)

@@ -81,3 +81,10 @@ def test_exercise_4(tmp_path: Path) -> None:
         "Early stopping at epoch 6!",
         "Best loss: 1.0000, of epoch 2 (weights restored)",
     ]
+
+
+def test_exercise_4_with_a_metric_of_which_higher_is_better(tmp_path: Path) -> None:
+    metrics = {"val/accuracy": [0.1, 0.3, 0.2]}
+    settings = {"trainer": {"max_epochs": 3}, "monitor": "val/accuracy", "monitor_mode": "max"}
+    exercises.early_stopping(tmp_path, [a_run(tmp_path / "run", settings, metrics)])
+    assert said(tmp_path)[-1][0].startswith("| Best loss: 0.3000, of epoch 1")

@@ -6,12 +6,13 @@ from types import SimpleNamespace
 
 import optuna
 import pytest
-from conftest import Jobs, Sweep, refused_sweep
+from conftest import ACCURACY, Jobs, Sweep, refused_sweep
 from filelock import FileLock
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
 from language_model.files import write_json
+from language_model.runs.config import ConfigError
 from language_model.sweeps import summary
 from language_model.sweeps.pruning import Pruning
 from language_model.sweeps.study import distribution_of, end_values, open_study
@@ -20,7 +21,7 @@ SEARCH = ["hydra/sweeper=search", "hydra.sweeper.n_trials=6", "optimizer.lr=tag(
 
 
 def study_of(tmp_path: Path) -> optuna.Study:
-    return open_study(tmp_path / "sweep")
+    return open_study(tmp_path / "sweep", "min")
 
 
 @pytest.mark.parametrize(
@@ -106,15 +107,67 @@ def test_what_fails_is_told(multirun: Sweep, jobs: Jobs, tmp_path: Path) -> None
     ]  # fmt: skip
 
 
+def test_a_search_for_the_highest_goes_by_the_final_value(multirun: Sweep, jobs: Jobs, tmp_path: Path) -> None:
+    jobs.best = lambda config: 1 - config.optimizer.lr  # the order of the best values is the reverse
+    said = multirun(*SEARCH, *ACCURACY, "hydra.sweeper.n_trials=3")
+    study = open_study(tmp_path / "sweep", "max")
+    rates = [trial.params["optimizer.lr"] for trial in study.trials]
+    assert [trial.value for trial in study.trials] == rates
+    assert (study.direction.name, study.best_value) == ("MAXIMIZE", max(rates))
+    assert f"optimizer.lr={max(rates)}" in next(line for line in said.splitlines() if line.startswith("best "))
+    again = [*SEARCH, *ACCURACY, "hydra.sweeper.n_trials=4", "monitor_mode=min"]
+    assert "is another sweep: monitor_mode=(not set) then, min now" in refused_sweep(multirun, *again)
+    with pytest.raises(ConfigError, match=r"monitor_mode=min: the search in .* is to maximize; choose another name"):
+        open_study(tmp_path / "sweep", "min")
+
+
+def test_a_search_must_know_what_is_better(multirun: Sweep, jobs: Jobs) -> None:
+    own = ["+callbacks.own._target_=conftest.Accuracy", "monitor=train/score"]
+    assert "monitor_mode: whether a lower or a higher train/score is better" in refused_sweep(multirun, *SEARCH, *own)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "found"),
+    [
+        ("trial-0000/result.json", '{"best": "abc"}', "result.json is damaged: best=abc: input should be"),
+        ("trial-0000/result.json", '{"status": 5}', "result.json is damaged: status=5: "),
+        ("trial-0000/job.json", '{"overrides": 5, "values": {}}', "job.json is damaged: overrides=5: "),
+        ("trial-0000/job.json", "{}", "job.json is damaged: overrides is missing"),
+        ("sweep.json", '{"asked": {"seed": 1}}', "sweep.json is damaged: asked="),
+        ("sweep.json", '{"pruner": {}}', "sweep.json is damaged: asked is missing"),
+        ("study.log", "{broken\n{}\n", "study.log cannot be read: "),
+        ("study.log", '{"op_code": 99}\n', "study.log cannot be read: "),
+    ],
+)
+def test_a_damaged_file_of_a_search_is_named(
+    multirun: Sweep, jobs: Jobs, tmp_path: Path, file: str, content: str, found: str
+) -> None:
+    multirun(*SEARCH, "hydra.sweeper.n_trials=1")
+    (tmp_path / "sweep" / file).write_text(content)
+    assert found in refused_sweep(multirun, *SEARCH, "hydra.sweeper.n_trials=2")
+    assert (tmp_path / "sweep" / file).read_text() == content
+
+
+def test_a_pruner_that_is_none_is_not_built(tmp_path: Path) -> None:
+    for target in ("os.mkdir", "optuna.pruners._base.BasePruner", "optuna.pruners.os", "optuna.pruners.check"):
+        pruner = {"_target_": "optuna.pruners.PatientPruner", "patience": 1}
+        pruner["wrapped_pruner"] = {"_target_": target, "path": str(tmp_path / "made")}
+        write_json(tmp_path / "sweep.json", {"asked": {}, "pruner": pruner})
+        with pytest.raises(ConfigError, match=r"sweep.json: pruner: .* is not one of optuna.pruners: refused"):
+            open_study(tmp_path, "min")
+    assert not (tmp_path / "made").exists()
+
+
 @pytest.mark.parametrize(
     ("overrides", "found"),
     [
+        ([*SEARCH, "monitor=choice(train/loss_epoch,train/x)"], "a sweep has one monitor"),
         (["hydra/sweeper=search", "seed=1"], "needs a search space"),
         ([*SEARCH, "hydra.sweeper.n_trials=0"], "hydra.sweeper.n_trials=0: input should be greater than 0"),
         ([*SEARCH, "optimizer.lr=interval(-1.0,1.0)"], "optimizer.lr=-1.0: input should be greater than 0"),
         ([*SEARCH, "optimizer.lr=interval(1.0,0.1)"], "hydra/sweeper=search: "),
         ([*SEARCH, "optimizer.lr=tag(log,interval(0.0,0.1))"], "hydra/sweeper=search: "),
-        ([*SEARCH, "model.position=choice(learned,sinus)"], 'model.position="sinus": '),
+        ([*SEARCH, "model.position=choice(learned,sinus)"], "model.position=sinus: "),
         ([*SEARCH, "optimizer.rate=interval(0.1,1.0)"], "optimizer.rate: unknown key"),
         ([*SEARCH, "hydra.sweeper.sampler._target_=optuna.samplers.None"], "hydra.sweeper"),
     ],
@@ -133,8 +186,8 @@ def test_another_space_under_the_same_name_is_refused(multirun: Sweep, jobs: Job
 
 def test_a_trial_that_is_hopeless_is_stopped(tmp_path: Path) -> None:
     pruner = {"_target_": "optuna.pruners.MedianPruner", "n_startup_trials": 2, "n_warmup_steps": 0}
-    (tmp_path / "sweep.json").write_text(json.dumps({"pruner": pruner}))
-    study = open_study(tmp_path)
+    (tmp_path / "sweep.json").write_text(json.dumps({"asked": {}, "pruner": pruner}))
+    study = open_study(tmp_path, "min")
     for value in (1.0, 1.2):
         trial = study.ask()
         trial.report(value, 10)
@@ -144,8 +197,8 @@ def test_a_trial_that_is_hopeless_is_stopped(tmp_path: Path) -> None:
         folder = tmp_path / "trial"
         folder.mkdir(exist_ok=True)
         number = study.ask().number
-        write_json(folder / "job.json", {"trial": number})
-        pruning = Pruning(str(folder), "val/loss")
+        write_json(folder / "job.json", {"overrides": [], "values": {}, "trial": number})
+        pruning = Pruning(str(folder), "val/loss", "min")
         trainer = SimpleNamespace(
             is_global_zero=True, world_size=1, global_step=10, should_stop=False, sanity_checking=False,
             callback_metrics={"val/loss": loss}, state=SimpleNamespace(fn="fit"),
@@ -161,6 +214,6 @@ def test_a_trial_that_is_hopeless_is_stopped(tmp_path: Path) -> None:
 
 
 def test_a_run_that_is_no_trial_reports_nothing(tmp_path: Path) -> None:
-    pruning = Pruning(str(tmp_path), "val/loss")
+    pruning = Pruning(str(tmp_path), "val/loss", "min")
     pruning.setup(SimpleNamespace(is_global_zero=True), None, "fit")
     assert not pruning.pruned

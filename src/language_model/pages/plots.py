@@ -7,6 +7,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from language_model.files import display_path
+from language_model.runs.monitor import final_name
+
 Points = tuple[list[float], list[float]]  # steps, values
 
 
@@ -16,7 +19,7 @@ class Series(NamedTuple):
     label: str
     setting: dict[str, str]
     folders: list[Path]
-    finished: list[float]  # the best metric of each finished run; lower is better
+    finished: list[float]  # the metric of each finished run, at its end
     pruned: list[float]  # the same of runs that a search stopped early
 
 
@@ -25,16 +28,22 @@ class Interval(NamedTuple):
 
     setting: str
     difference: float
-    low: float
-    high: float
+    low: float | None  # None: there is no interval
+    high: float | None
     verdict: str  # better, worse, undecided
 
 
 def read_points(run: Path, metric: str) -> Points:
-    """Return a metric's steps and values from a run's ``metrics.csv``; empty if there are none yet."""
+    """Return a metric's steps and values from a run's ``metrics.csv``; empty if there are none yet.
+
+    ValueError if the file is damaged.
+    """
     file = run / "metrics.csv"
-    rows = list(csv.DictReader(file.read_text(encoding="utf-8").splitlines())) if file.is_file() else []
-    points = [(float(row["step"]) + 1, float(row[metric])) for row in rows if row.get(metric)]
+    try:
+        rows = list(csv.DictReader(file.read_text(encoding="utf-8").splitlines())) if file.is_file() else []
+        points = [(float(row["step"]) + 1, float(row[metric])) for row in rows if row.get(metric)]
+    except (ValueError, TypeError, KeyError, csv.Error) as error:
+        raise ValueError(f"{display_path(file)} is damaged: {error}") from error
     return [step for step, _ in points], [value for _, value in points]
 
 
@@ -63,7 +72,7 @@ def figure(file: Path, panels: int = 1, width: float = 5.0) -> Iterator[Any]:
 
 
 def plot_sweep(series: Sequence[Series], metric: str, file: Path) -> None:
-    """Draw a metric over the steps of every run, and the best values over each of the first three settings."""
+    """Draw a metric over the steps of every run, and its final values over each of the first three settings."""
     settings = list(series[0].setting)[:3]
     with figure(file, 1 + len(settings)) as axes:
         for number, each in enumerate(series):
@@ -76,11 +85,11 @@ def plot_sweep(series: Sequence[Series], metric: str, file: Path) -> None:
             axes[0].legend(fontsize="x-small", frameon=False)
         for axis, key in zip(axes[1:], settings, strict=True):
             plot_over_setting(axis, key, series)
-            axis.set(xlabel=key, ylabel=f"best {metric}")
+            axis.set(xlabel=key, ylabel=final_name(metric))
 
 
 def plot_over_setting(axis: Any, key: str, series: Sequence[Series]) -> None:
-    """Draw the best values over one setting; a line through the means if nothing else varies."""
+    """Draw the final values over one setting; a line through the means if nothing else varies."""
     shown = [(number, each) for number, each in enumerate(series) if each.finished or each.pruned]
     places = setting_places(axis, [each.setting[key] for _, each in shown])
     for number, each in shown:
@@ -115,17 +124,17 @@ def color(number: int, total: int) -> Any:
     return colormaps["viridis"](0.9 * number / max(1, total - 1)) if total > 1 else "C0"
 
 
-def plot_intervals(intervals: Sequence[Interval], by: str, metric: str, baseline: str, file: Path) -> None:
-    """Draw each setting's difference from the baseline, with its confidence interval."""
+def plot_intervals(intervals: Sequence[Interval], by: str, label: str, file: Path) -> None:
+    """Draw each setting's difference from the baseline, with its confidence interval; `label` says what differs."""
     colors = {"better": "C2", "worse": "C3", "undecided": "0.5"}
     with figure(file, width=7) as (axis,):
         axis.axvline(0.0, color="0.3", linewidth=1)
         for place, each in enumerate(intervals):
-            reach = (each.high - each.low) / 2
+            reach = None if each.low is None or each.high is None else (each.high - each.low) / 2
             axis.errorbar(each.difference, place, xerr=reach, fmt="o", capsize=4, color=colors[each.verdict])
             axis.annotate(
                 each.verdict, (each.difference, place), textcoords="offset points", xytext=(0, 7), ha="center"
             )
         axis.set_yticks(range(len(intervals)), [each.setting for each in intervals])
-        axis.set(xlabel=f"{metric}: difference from {baseline} (lower is better)", ylabel=by)
+        axis.set(xlabel=label, ylabel=by)
         axis.set_ylim(len(intervals) - 0.5, -0.5)

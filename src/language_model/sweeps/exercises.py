@@ -11,7 +11,9 @@ from rich.table import Column, Table
 
 from language_model.files import display_path, write_text
 from language_model.pages.plots import figure, read_points
-from language_model.runs.folder import read_result, read_settings
+from language_model.runs.folder import read_settings
+from language_model.runs.monitor import sign_of
+from language_model.sweeps.records import read_result
 from language_model.sweeps.summary import markdown_line
 from language_model.terminal import log, terminal
 
@@ -85,11 +87,12 @@ def gradient_norms(folder: Path, runs: Sequence[Path]) -> None:
 def early_stopping(folder: Path, runs: Sequence[Path]) -> None:
     """Exercise 4: the epoch at which the loss stopped improving, and the best loss."""
     run, result = runs[0], read_result(runs[0])
-    monitor, max_epochs = read_settings(run)["monitor"], read_settings(run)["trainer.max_epochs"]
+    settings = read_settings(run)
+    monitor, max_epochs, sign = settings["monitor"], settings["trainer.max_epochs"], sign_of(settings["monitor_mode"])
     _, losses = read_points(run, monitor)
-    best, waited, lines = float("inf"), 0, []
+    best, waited, lines = sign * float("inf"), 0, []
     for epoch, loss in enumerate(losses):
-        best, waited = (loss, 0) if loss < best else (best, waited + 1)
+        best, waited = (loss, 0) if sign * loss < sign * best else (best, waited + 1)
         if epoch % 5 == 0:
             lines.append((f"Epoch {epoch:3d} | Loss: {loss:.4f} | No improvement for: {waited} epochs", "–"))
     if "stopped_early" in result:

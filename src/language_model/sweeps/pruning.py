@@ -1,28 +1,31 @@
 """Stopping the trials of a search early, when they look hopeless."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Checkpoint
 
-from language_model.runs.folder import read_job
+from language_model.sweeps.records import read_job
 from language_model.sweeps.study import open_study
 
 
-class Pruning(Callback):
+class Pruning(Checkpoint):
     """Reports a trial's metric to the search, and stops the trial when Optuna's pruner says so.
 
-    Does nothing in a run that is not a trial.
+    Does nothing in a run that is not a trial. It is a Checkpoint because Lightning calls these last, when the module
+    and all other callbacks have logged their metrics.
 
     Args:
         folder: the run's.
         monitor: the metric.
+        mode: whether a lower (min) or a higher (max) value is better.
     """
 
-    def __init__(self, folder: str, monitor: str) -> None:
+    def __init__(self, folder: str, monitor: str, mode: Literal["min", "max"]) -> None:
         self.folder = Path(folder)
         self.monitor = monitor
+        self.mode = mode
         self.pruned = False
         self._trial: Any = None
 
@@ -32,22 +35,22 @@ class Pruning(Callback):
         if number is not None and trainer.is_global_zero:
             from optuna.trial import Trial
 
-            study = open_study(self.folder.parent)
+            study = open_study(self.folder.parent, self.mode)
             self._trial = Trial(study, study.trials[number]._trial_id)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Report the epoch's mean training loss, if that is the monitored metric."""
-        if self.monitor == "train/loss_epoch":
-            self._report(trainer, float(pl_module.epoch_loss.value))
+        """Report the metric, if it is logged at the end of an epoch."""
+        if not self.monitor.startswith("val/") and pl_module.epoch_is_complete:
+            self._report(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Report the metric after a validation."""
-        if trainer.state.fn == "fit" and not trainer.sanity_checking and self.monitor in trainer.callback_metrics:
-            self._report(trainer, float(trainer.callback_metrics[self.monitor]))
+        """Report the metric, if it is logged by a validation."""
+        if self.monitor.startswith("val/") and trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._report(trainer)
 
-    def _report(self, trainer: L.Trainer, value: float) -> None:
+    def _report(self, trainer: L.Trainer) -> None:
         if self._trial is not None:
-            step = trainer.global_step
+            step, value = trainer.global_step, float(trainer.callback_metrics[self.monitor])
             if step not in self._trial.storage.get_trial(self._trial._trial_id).intermediate_values:
                 self._trial.report(value, step)
             self.pruned = self._trial.should_prune()

@@ -7,8 +7,9 @@ from pydantic import PositiveInt
 from language_model.files import display_path
 from language_model.runs.command_line import quote_override
 from language_model.runs.config import ConfigError, errors_for_key
-from language_model.runs.folder import read_result
+from language_model.runs.monitor import TRAINING_METRIC, Mode, choose_mode
 from language_model.runs.resume import COMPLETED
+from language_model.sweeps.records import read_result
 from language_model.sweeps.study import Trials, distribution_of, end_values, was_non_finite
 from language_model.sweeps.summary import format_setting
 from language_model.sweeps.sweep import Job, Sweep, handle_interruption, job_is_finished, without_hydra
@@ -45,12 +46,12 @@ def search(
     if not spaces:
         raise ConfigError("hydra/sweeper=search: needs a search space, such as optimizer.lr=interval(1e-4,1e-2)")
     asked = sweep.check_same({key: [str(o.input_line).partition("=")[2]] for key, o in overrides.items()})
-    check_ends(sweep, fixed, spaces)
-    results = [read_result(file.parent)["status"] for file in sweep.folder.glob("trial-*/result.json")]
+    mode = check_ends(sweep, fixed, spaces)
+    results = [read_result(file.parent).get("status") for file in sweep.folder.glob("trial-*/result.json")]
     num_done = sum(status in COMPLETED for status in results)
     sweep.create_folder(asked, n_trials - num_done, pruner=pruner)
     with errors_for_key("hydra.sweeper"):
-        trials = Trials(sweep.folder, spaces, sampler)
+        trials = Trials(sweep.folder, spaces, sampler, mode)
     log.info(f"search   {display_path(sweep.folder)}: {n_trials} trials, {num_done} of them done")
     with handle_interruption(sweep.folder), trials:
         while batch := trials.next(n_jobs, n_trials):
@@ -59,12 +60,16 @@ def search(
     sweep.log_summary([folder for folder in folders if not was_non_finite(folder)])
 
 
-def check_ends(sweep: Sweep, fixed: dict[str, str], spaces: dict[str, Any]) -> None:
-    """Raise ConfigError if a value at the end of a search space is wrong, before the first trial."""
+def check_ends(sweep: Sweep, fixed: dict[str, str], spaces: dict[str, Any]) -> Mode:
+    """Return whether a lower (min) or a higher (max) metric is searched for.
+
+    ConfigError if a value at the end of a search space is wrong, before the first trial.
+    """
     typical = {key: end_values(distribution)[0] for key, distribution in spaces.items()}
     for key, distribution in spaces.items():
         for value in end_values(distribution):
-            sweep.compose(trial_job(sweep, 0, fixed | typical | {key: value}))
+            config = sweep.compose(trial_job(sweep, 0, fixed | typical | {key: value}))
+    return choose_mode("monitor_mode", config.monitor or TRAINING_METRIC, config.monitor_mode)
 
 
 def do_trials(sweep: Sweep, trials: Trials, batch: list[int], fixed: dict[str, str], n_trials: int) -> None:

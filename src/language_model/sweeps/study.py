@@ -4,6 +4,8 @@ A process holds the trials that it works on by file locks. So several processes 
 continues the trials of one that was killed.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,8 +13,10 @@ import hydra
 from filelock import FileLock, Timeout
 from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 
-from language_model.files import read_json
-from language_model.runs.folder import read_job, read_result
+from language_model.files import display_path
+from language_model.runs.config import ConfigError, one_line
+from language_model.runs.trust import targets
+from language_model.sweeps.records import final_value, read_job, read_result, read_sweep
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -26,12 +30,13 @@ class Trials:
         folder: the sweep's.
         spaces: the distribution of each key.
         sampler: node of Optuna's sampler.
+        mode: whether a lower (min) or a higher (max) value of the metric is better.
     """
 
-    def __init__(self, folder: Path, spaces: "dict[str, BaseDistribution]", sampler: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, spaces: "dict[str, BaseDistribution]", sampler: dict[str, Any], mode: str) -> None:
         self.spaces = spaces
         self.sampler = sampler
-        self.study = open_study(folder)
+        self.study = open_study(folder, mode)
         self._folder = folder
         self._locks: dict[int, FileLock] = {}
         self._tried: set[int] = set()
@@ -72,13 +77,14 @@ class Trials:
         return {key: str(value) for key, value in self.study.trials[number].params.items()}
 
     def tell(self, number: int, folder: Path) -> None:
-        """Report a trial's outcome to the study, unless it was interrupted."""
+        """Report a trial's final value, or how it ended, to the study, unless it was interrupted."""
         result, error = read_result(folder), read_job(folder).get("error")
-        if error is None and result.get("status") == "finished" and result.get("best") is not None:
-            self.study.tell(number, result["best"], skip_if_finished=True)
+        value = final_value(result)
+        if error is None and result.get("status") == "finished" and value is not None:
+            self.study.tell(number, value, skip_if_finished=True)
         elif was_non_finite(folder) or result.get("status") == "pruned":  # the sampler learns from these
             self.study.tell(number, state=trial_state("PRUNED"), skip_if_finished=True)
-        elif error is not None:
+        elif error is not None or result.get("status") == "finished":
             self.study.tell(number, state=trial_state("FAIL"), skip_if_finished=True)
         self._locks.pop(number).release()
 
@@ -97,15 +103,56 @@ class Trials:
         return True
 
 
-def open_study(folder: Path) -> "Study":
-    """Return the study in a sweep's folder, created if there is none, with the pruner in ``sweep.json``."""
+def open_study(folder: Path, mode: str) -> "Study":
+    """Return the study in a sweep's folder, created if there is none, with the pruner in ``sweep.json``.
+
+    ConfigError if a file is damaged, or the study is one of the other `mode`.
+    """
     import optuna
     from optuna.storages.journal import JournalFileBackend
+    from optuna.study import StudyDirection
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    storage = optuna.storages.JournalStorage(JournalFileBackend(str(folder / "study.log")))
-    pruner = hydra.utils.instantiate(read_json(folder / "sweep.json")["pruner"])
-    return optuna.create_study(storage=storage, study_name="search", pruner=pruner, load_if_exists=True)
+    pruner, direction = read_pruner(folder), StudyDirection.MAXIMIZE if mode == "max" else StudyDirection.MINIMIZE
+    with damage_named(folder / "study.log"):
+        storage = optuna.storages.JournalStorage(JournalFileBackend(str(folder / "study.log")))
+        study = optuna.create_study(
+            storage=storage, study_name="search", direction=direction, pruner=pruner, load_if_exists=True
+        )
+        study.get_trials(deepcopy=False)
+    if study.direction != direction:
+        raise ConfigError(
+            f"monitor_mode={mode}: the search in {display_path(folder)} is to {study.direction.name.lower()}; "
+            "choose another name"
+        )
+    return study
+
+
+def read_pruner(folder: Path) -> Any:
+    """Return the pruner in ``sweep.json``, which may be a stranger's; ConfigError if it is none of Optuna's."""
+    import optuna
+
+    file, node = folder / "sweep.json", read_sweep(folder).get("pruner", {})
+    for _, target in targets(node):
+        module, _, name = target.rpartition(".")
+        pruner = getattr(optuna.pruners, name, None)
+        if module != "optuna.pruners" or not (
+            isinstance(pruner, type) and issubclass(pruner, optuna.pruners.BasePruner)
+        ):
+            raise ConfigError(f"{display_path(file)}: pruner: {target} is not one of optuna.pruners: refused")
+    with damage_named(file):
+        return hydra.utils.instantiate(node)
+
+
+@contextmanager
+def damage_named(file: Path) -> Iterator[None]:
+    """Turn any exception inside into a ConfigError that names the file: Optuna raises many kinds for damaged ones."""
+    try:
+        yield
+    except Exception as error:
+        raise ConfigError(
+            f"{display_path(file)} cannot be read: {type(error).__name__}: {one_line(str(error))}"
+        ) from error
 
 
 def trial_state(name: str) -> Any:

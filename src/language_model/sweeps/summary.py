@@ -4,7 +4,7 @@ import csv
 import io
 import shlex
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,8 +13,11 @@ from rich.table import Table
 
 from language_model.files import ROOT, display_path, write_text
 from language_model.pages.plots import Series, plot_sweep
-from language_model.runs.folder import read_job, read_result, read_settings
+from language_model.runs.config import errors_for_key
+from language_model.runs.folder import read_settings
+from language_model.runs.monitor import best_name, final_name, sign_of
 from language_model.runs.resume import COMPLETED
+from language_model.sweeps.records import final_value, read_job, read_result
 from language_model.terminal import log, terminal
 
 SEED = "seed"
@@ -29,8 +32,24 @@ class Row(NamedTuple):
     status: str  # finished, pruned, failed, not finished
     error: str | None
     metric: str | None
-    value: float | None  # the best of the metric; lower is better
+    value: float | None  # of the metric, at the end of the run
     result: dict[str, Any]
+
+    @property
+    def best(self) -> float | None:
+        """The metric's best value during the run."""
+        return self.result.get("best")
+
+    @property
+    def mode(self) -> str:
+        """Whether a lower (min) or a higher (max) value is better; results of older versions have only the former."""
+        return self.result.get("monitor_mode", "min")
+
+    @property
+    def rank(self) -> tuple[bool, str, float]:
+        """Sorts the better job first, those without a value last."""
+        missing = self.value is None or self.status == "failed"
+        return missing, self.metric or "", sign_of(self.mode) * (self.value or 0.0)
 
     @property
     def seconds(self) -> float:
@@ -50,9 +69,21 @@ class Group(NamedTuple):
     rows: list[Row]
 
     @property
+    def finished(self) -> list[Row]:
+        """The finished jobs that have a value."""
+        return [row for row in self.rows if row.value is not None and row.status == "finished"]
+
+    @property
     def values(self) -> list[float]:
-        """The best metric of each finished job."""
-        return [row.value for row in self.rows if row.value is not None and row.status == "finished"]
+        """The final value of the metric of each finished job."""
+        return [row.value for row in self.finished if row.value is not None]
+
+    @property
+    def rank(self) -> tuple[bool, str, float, str]:
+        """Sorts the group of the better mean first, those without a value last."""
+        first = (self.finished or self.rows)[0]
+        mean = statistics.fmean(self.values) if self.values else 0.0
+        return not self.values, first.metric or "", sign_of(first.mode) * mean, self.label
 
     @property
     def label(self) -> str:
@@ -89,7 +120,7 @@ def read(sweep: Path) -> list[Row]:
     }
     varied = [key for key in keys if len({values[key] for values in filled.values()}) > 1]
     rows = [job_row(folder, job, {key: filled[folder][key] for key in varied}) for folder, job in jobs.items()]
-    return sorted(rows, key=lambda r: (r.value is None or r.status == "failed", r.value or 0.0, r.folder.name))
+    return sorted(rows, key=lambda row: (row.rank, row.folder.name))
 
 
 def job_row(folder: Path, job: dict[str, Any], values: dict[str, str]) -> Row:
@@ -98,35 +129,43 @@ def job_row(folder: Path, job: dict[str, Any], values: dict[str, str]) -> Row:
     status = "failed" if job.get("error") else result.get("status", "")
     if status not in (*COMPLETED, "failed"):
         status = "not finished"
-    error, metric, best = job.get("error"), result.get("monitor"), result.get("best")
-    return Row(folder, job["overrides"], values, status, error, metric, best, result)
+    metric, value = result.get("monitor"), final_value(result)
+    return Row(folder, job["overrides"], values, status, job.get("error"), metric, value, result)
 
 
 def outcome(folder: Path) -> str:
-    """Return a job's outcome in one line: its error, or its best metric, status and time."""
+    """Return a job's outcome in one line: its error, or its final metric, status and time."""
     job, result = read_job(folder), read_result(folder)
     name = format_setting({k: v for k, v in job["values"].items() if k != "trial"}) if "trial" in job else folder.name
-    if job["error"]:
+    if job.get("error"):
         return f"{name}: {job['error']}"
-    best = f"{result['monitor']} {result['best']:.4f}, " if "best" in result else ""
-    return f"{name}: {best}{result.get('status', 'not finished')} in {format_duration(result.get('seconds', 0.0))}"
+    value, status = final_value(result), result.get("status", "not finished")
+    final = f"final {result['monitor']} {value:.4f}, " if value is not None else ""
+    return f"{name}: {final}{status} in {format_duration(result.get('seconds', 0.0))}"
+
+
+def metrics(rows: Iterable[Row]) -> list[str]:
+    """Return the metrics that the jobs monitor: one, unless they differ in whether they validate."""
+    return sorted({row.metric for row in rows if row.metric})
 
 
 def groups(rows: Iterable[Row]) -> list[Group]:
-    """Return the rows grouped by setting, the best mean first."""
+    """Return the rows grouped by setting, the best mean of the final values first."""
     found: dict[tuple, Group] = {}
     for row in rows:
         found.setdefault(tuple(row.setting.items()), Group(row.setting, [])).rows.append(row)
-    return sorted(
-        found.values(), key=lambda group: (not group.values, statistics.fmean(group.values or [0.0]), group.label)
-    )
+    return sorted(found.values(), key=lambda group: group.rank)
 
 
-def best(rows: Iterable[Row]) -> Row | None:
-    """Return the best job of the setting with the best mean over its seeds; None if no job has finished."""
+def best(rows: Sequence[Row]) -> Row | None:
+    """Return the best job of the setting with the best mean over its seeds.
+
+    None if no job has finished, or their metrics are different ones.
+    """
     first = next(iter(groups(rows)), None)
-    done = [row for row in first.rows if row.status == "finished" and row.value is not None] if first else []
-    return min(done, key=lambda row: row.value or 0.0, default=None)
+    if first is None or len(metrics(rows)) > 1:
+        return None
+    return min(first.finished, key=lambda row: row.rank, default=None)
 
 
 def command(row: Row) -> str:
@@ -138,7 +177,7 @@ def command(row: Row) -> str:
 def table(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
     """Return the heading and the lines of the table of settings."""
     settings = list(rows[0].setting) if rows else []
-    metric = next((row.metric for row in rows if row.metric), "metric")
+    names = metrics(rows)
     several = any(len(group.rows) > 1 for group in groups(rows))
     lines = []
     for group in groups(rows):
@@ -147,7 +186,9 @@ def table(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
         lines.append(
             [
                 *map(shorten, group.setting.values()),
+                *([group.rows[0].metric or "–"] if len(names) > 1 else []),
                 mean_and_deviation(group.values),
+                mean_and_deviation([row.best for row in group.finished if row.best is not None]),
                 *([str(len(group.values))] if several else []),
                 format_duration(statistics.fmean(seconds)) if seconds else "–",
                 ", ".join(f"{unfinished.count(status)} {status}" for status in dict.fromkeys(unfinished)),
@@ -155,13 +196,21 @@ def table(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
         )
     heading = [
         *settings,
-        f"{metric} (mean ± s.d.)" if several else metric,
+        *(["metric"] if len(names) > 1 else []),
+        *(f"{name} (mean ± s.d.)" if several else name for name in value_names(names)),
         *(["seeds"] if several else []),
         "time a job",
     ]
     if any(line[-1] for line in lines):
         return [*heading, ""], lines
     return heading, [line[:-1] for line in lines]
+
+
+def value_names(names: Sequence[str]) -> tuple[str, str]:
+    """Return what the final and the best values of the jobs' metrics are called."""
+    return (
+        (final_name(names[0]), best_name(names[0])) if len(names) == 1 else ("at the end of the run", "best of the run")
+    )
 
 
 def mean_and_deviation(values: list[float]) -> str:
@@ -185,22 +234,23 @@ def update(sweep: Path) -> list[Row]:
         rows = read(sweep)
         write_text(sweep / "summary.csv", as_csv(rows))
         write_text(sweep / "summary.md", as_markdown(sweep, rows))
-        metric = next((row.metric for row in rows if row.metric), None)
-        if metric is not None:
-            plot_sweep([group.series for group in groups(rows)], metric, sweep / "summary.png")
+        if names := metrics(rows):
+            with errors_for_key("summary.png"):
+                plot_sweep([group.series for group in groups(rows)], names[0], sweep / "summary.png")
     return rows
 
 
 def as_csv(rows: list[Row]) -> str:
     """Return the CSV file: a line for each job."""
-    metrics = sorted({name for row in rows for name in row.result.get("metrics", {})})
+    logged = sorted({name for row in rows for name in row.result.get("metrics", {})})
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    heading = [*(rows[0].values if rows else ()), "status", "metric", "best", *metrics]
+    heading = [*(rows[0].values if rows else ()), "status", "metric", "final", "best", *logged]
     writer.writerow([*heading, "steps", "tokens", "seconds", "error", "folder"])
     for row in rows:
         last = row.result.get("metrics", {})
-        values = [*row.values.values(), row.status, row.metric, row.value, *(last.get(name) for name in metrics)]
+        values = [*row.values.values(), row.status, row.metric, row.value, row.best]
+        values += [last.get(name) for name in logged]
         facts = [row.result.get(name) for name in ("steps", "tokens", "seconds")]
         writer.writerow([*values, *facts, row.error, row.folder.name])
     return text.getvalue()
