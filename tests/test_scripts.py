@@ -216,6 +216,26 @@ def test_a_checkouts_loss_is_that_of_its_weights_over_the_whole_split(nanogpt: M
     assert done["training_seconds"] == pytest.approx(0.010 + 0.020 + 0.025 + 0.030)  # 900 ms had an evaluation in it
 
 
+def test_a_recipes_loss_is_judged_against_nanogpts_of_the_same_run(
+    goals: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("not tiny Shakespeare")
+    config = OmegaConf.create({"rounds": 2, "path": str(text), "nanogpt": None})
+    seconds = {"training_seconds": 10.0, "command_seconds": 12.0}
+    losses = iter([1.4, 1.5, 1.4, 1.5, 1.4, 1.5])
+    monkeypatch.setattr(goals, "train", lambda *_: seconds | {"loss": next(losses)})
+    monkeypatch.setattr(goals, "run_nanogpt", lambda *_: seconds | {"loss": 1.46})
+    (*_, reached), _ = goals.time_to_loss(config)
+    assert reached == "1 to 1; 10.0 s over 10.0 s; val/loss 1.4500 ± 0.0707 against 1.4600"
+    monkeypatch.setattr(goals, "run_nanogpt", lambda *_: seconds | {"loss": 1.44})
+    (*_, missed), _ = goals.time_to_loss(config)
+    assert missed.endswith("1.4500 ± 0.0707, not reached against 1.4400")
+    (row,) = goals.recipe_loss(3, config)
+    assert row[2:4] == ("no goal for this text", "1.4500 ± 0.0707")
+    assert row[4] == "whole command 12 s (12 to 12), steps 10 s; nanoGPT 1.4400 in 12 s"
+
+
 @pytest.mark.parametrize(
     ("argument", "says"),
     [

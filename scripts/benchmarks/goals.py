@@ -41,7 +41,6 @@ from language_model.files import ROOT
 from language_model.runs.command_line import entry_point
 from language_model.runs.config import ConfigError, build, check_values, errors_for_key
 from language_model.training.hardware import describe_device, device_type
-from language_model.training.module import Mean
 
 TINY_SHAKESPEARE = OmegaConf.load(ROOT / "conf" / "data" / "tinyshakespeare.yaml")
 CPU = "trainer.accelerator=cpu"
@@ -237,7 +236,8 @@ def plain_loop(folder: str) -> dict[str, float]:
         network.compile_for_training(options={"fallback_random": True})
         cross_entropy, uncounted = torch.compile(cross_entropy), 10
     accumulate = config.trainer.accumulate_grad_batches
-    step, epoch, optimizer_seconds, losses = 0, -1, 0.0, Mean()
+    losses: list[torch.Tensor] = []
+    step, epoch, optimizer_seconds = 0, -1, 0.0
     start = synchronized_time(device)
     while step < config.total_steps:
         epoch, loader = epoch + 1, data.train_dataloader()
@@ -253,7 +253,7 @@ def plain_loop(folder: str) -> dict[str, float]:
             with bfloat16:
                 loss = cross_entropy(network(inputs).flatten(0, 1), targets.flatten())
             (loss / batches_in_step).backward()
-            losses.add(loss.detach())
+            losses.append(loss.detach())
             if i + 1 < first + batches_in_step:
                 continue
             optimizer_seconds += time_optimizer_step(network, optimizer, config.trainer.gradient_clip_val, device)
@@ -262,7 +262,7 @@ def plain_loop(folder: str) -> dict[str, float]:
                 break
     seconds = synchronized_time(device) - start
     counted = {"num_steps": step - uncounted, "training_seconds": seconds, "optimizer_seconds": optimizer_seconds}
-    return counted | {"loss": float(losses.value)}
+    return counted | {"loss": torch.stack(losses).double().mean().item()}
 
 
 def time_optimizer_step(
