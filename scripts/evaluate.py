@@ -1,34 +1,38 @@
-"""Evaluate a trained model on a whole text: loss, perplexity, bits per byte. Needs only the run's folder.
+"""Evaluate a trained model on a whole text: loss, perplexity, bits per byte. Needs the run's folder and the text.
 
 `python scripts/evaluate.py run=latest`; `--help` shows every key.
 """
 
-import json
+import os
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
+import lightning as L
 import torch
 from omegaconf import DictConfig
 from rich.table import Table
 
 from language_model.data.datamodule import TokenData
 from language_model.data.prepare import prepare
-from language_model.data.text_files import TextFiles
+from language_model.data.text_files import NonEmpty, PathOrPaths, TextFiles, errors_name
 from language_model.data.tokenizer_file import tokenizer_from_file
 from language_model.data.windows import check_validation
-from language_model.files import display_path
-from language_model.runs.config import ConfigError, build, check_values, entry_point, errors_for_key
-from language_model.runs.load import LoadedRun, load_run
+from language_model.files import display_path, write_json
+from language_model.runs.command_line import entry_point
+from language_model.runs.config import ConfigError, build, check_values, errors_for_key
+from language_model.runs.load import LoadedRun, load_checkpoint, load_run
 from language_model.terminal import setup_logging, terminal
-from language_model.training.hardware import device_type
+from language_model.training.hardware import find_device
 from language_model.training.module import LanguageModel
 
 KEYS = {
-    "run": str | int,
-    "checkpoint": str,
-    "data.path": str | list[str] | None,
-    "accelerator": str,
-    "output": str | None,
+    "run": NonEmpty | int,
+    "checkpoint": NonEmpty,
+    "data.path": PathOrPaths | None,
+    "data.cache": NonEmpty,
+    "accelerator": Literal["auto", "cpu", "gpu", "cuda", "mps"],
+    "output": NonEmpty | None,
 }
 
 
@@ -37,55 +41,95 @@ def main(config: DictConfig) -> None:
     """Evaluate, print the metrics as a table and save them as JSON."""
     check_values(config, KEYS)
     setup_logging()
-    with errors_for_key("accelerator"):
-        device = torch.device(device_type(config.accelerator))
-    loaded = load_run(str(config.run), config.checkpoint, device)
-    settings = loaded.config
-    settings.trainer.update(accelerator=config.accelerator, devices=1, num_nodes=1, strategy="auto")
-    data = run_data(loaded) if config.data.path is None else text_as_validation(config.data.path, loaded)
-    bar = terminal.is_terminal
-    trainer = build(settings, "trainer", logger=False, enable_checkpointing=False, enable_progress_bar=bar)
-    # Optimizer and schedule are not used.
-    module = LanguageModel(loaded.network, torch.optim.SGD, float, loaded.tokenizer)
-    (figures,) = trainer.validate(module, data, verbose=False)
-    terminal.print(f"{display_path(loaded.checkpoint)} on {data.name}", soft_wrap=True)
+    with errors_for_key(f"accelerator={config.accelerator}"):
+        find_device(config.accelerator)
+    loaded = load_run(str(config.run), config.checkpoint, as_trained=True)
+    output = Path(config.output) if config.output else loaded.folder / "evaluation.json"
+    check_output(output)
+    if config.data.path is None:
+        data, measured = run_data(loaded, config.data.cache)
+    else:
+        data, measured = whole_text(config.data.path, loaded, config.data.cache), "the whole text"
+    figures, num_tokens = evaluate(loaded, data, config.accelerator)
+    step = load_checkpoint(loaded.checkpoint)["global_step"]
+    terminal.print(f"{display_path(loaded.checkpoint)}, step {step:,}, on {data.name}, {measured}", soft_wrap=True)
     table = Table(show_header=False)
     for name, value in figures.items():
-        table.add_row(name.removeprefix("val/").replace("_", " "), f"{value:.4f}")
-    table.add_row("tokens", f"{data.num_val_tokens:,}")
+        table.add_row(name.replace("_", " ") + (" (nats a token)" if name == "loss" else ""), f"{value:.4f}")
+    table.add_row("tokens predicted", f"{num_tokens:,}")
     terminal.print(table)
-    facts = {"checkpoint": str(loaded.checkpoint), "data": data.name, "tokens": data.num_val_tokens, **figures}
-    output = Path(config.output) if config.output else loaded.folder / "evaluation.json"
+    facts = {"checkpoint": str(loaded.checkpoint), "step": step, "data": data.name, "measured_on": measured}
     with errors_for_key("output"):
-        output.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        write_json(output, facts | {"tokens": num_tokens} | figures)
     terminal.print(f"saved as JSON in {display_path(output)}", soft_wrap=True)
 
 
-def run_data(loaded: LoadedRun) -> TokenData:
-    """Return the data that the run was trained and validated on."""
-    data = build(loaded.config, "data")
-    if not data.has_validation:
-        raise ConfigError("data.path: the run has no validation split; a text is needed, as data.path=my.txt")
+def check_output(output: Path) -> None:
+    """Raise ConfigError, before anything is measured, if the figures cannot be written there."""
+    if output.is_dir():
+        raise ConfigError(f"output={output}: it is a folder; allowed: a file, as output={output / 'evaluation.json'}")
+    if not output.parent.is_dir():
+        raise ConfigError(f"output={output}: there is no folder {output.parent}")
+    if not os.access(output.parent, os.W_OK):
+        raise ConfigError(f"output={output}: nothing can be written there; allowed: a file elsewhere, as output=a.json")
+
+
+def evaluate(loaded: LoadedRun, data: TokenData, accelerator: str) -> tuple[dict[str, float], int]:
+    """Return the metrics over all of the validation data, and how many tokens were predicted for them.
+
+    Of the run's trainer, only the precision counts: a limit on batches, say, is not the text's.
+    """
+    with errors_for_key("trainer"):
+        trainer = L.Trainer(
+            accelerator=accelerator,
+            devices=1,
+            precision=loaded.config.trainer.precision,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=terminal.is_terminal,
+        )
+    # Optimizer and schedule are not used.
+    module = LanguageModel(loaded.network, torch.optim.SGD, float, loaded.tokenizer)
+    (figures,) = trainer.validate(module, data, verbose=False)
+    return {name.removeprefix("val/"): value for name, value in figures.items()}, module.num_validated_tokens
+
+
+def run_data(loaded: LoadedRun, cache: str) -> tuple[TokenData, str]:
+    """Return the validation split of the run's data, without one the training data in its place; and which it is."""
+    if "cache" in loaded.config.data:
+        loaded.config.data.cache = cache  # the run's own may be anywhere
+    data: TokenData = build(loaded.config, "data")
     if data.tokenizer.fingerprint != loaded.tokenizer.fingerprint:
         raise ConfigError("data.path: the run's text has changed since; a text is needed, as data.path=my.txt")
-    return data
+    if data.has_validation:
+        return data, "the validation split"
+    parts = [part for part in data.train_windows.parts if len(part) > 1]
+    return as_validation(data.name, parts, loaded), "the training text: the run has no validation split"
 
 
-def text_as_validation(path: str | list[str], loaded: LoadedRun) -> TokenData:
-    """Return a whole text as a validation split, tokenized with the run's tokenizer."""
+def whole_text(path: str | list[str], loaded: LoadedRun, cache: str) -> TokenData:
+    """Return a whole text as validation data, tokenized with the run's tokenizer and by the run's settings."""
     settings = loaded.config.data
-    with errors_for_key("data.path"):
-        text = TextFiles(path, settings.get("field", "text"), settings.get("encoding", "utf-8"))
+    options = {key: settings[key] for key in ("field", "encoding", "newlines") if key in settings}
+
+    def check_num_tokens(split: str, facts: dict[str, int]) -> None:
+        with errors_name("path", path):
+            check_validation(facts["tokens"], "the text")
+
+    with errors_for_key("data", parameters=("path",)):
+        text = TextFiles(path, **options)
         tokenizer = partial(tokenizer_from_file, path=str(loaded.folder / "tokenizer.json"))
-        ends = text.has_jsonl and loaded.tokenizer.end_of_text is not None
-        tokens = prepare(text, None, 0.0, tokenizer, ends, Path(settings.cache), check_num_tokens).train
-    sizes = (settings.seq_len, settings.batch_size, settings.stride, settings.num_workers, settings.seed)
-    return TokenData(text.name, loaded.tokenizer, [], [tokens], *sizes)
+        wanted = settings.get("end_of_text")
+        ends = (text.has_jsonl if wanted is None else wanted) and loaded.tokenizer.end_of_text is not None
+        tokens = prepare(text, None, 0.0, tokenizer, ends, Path(cache), check_num_tokens).train
+    return as_validation(text.name, [tokens], loaded)
 
 
-def check_num_tokens(split: str, num_tokens: int) -> None:
-    """Raise ValueError if the text has too few tokens to predict one."""
-    check_validation(num_tokens, "the text")
+def as_validation(name: str, parts: list, loaded: LoadedRun) -> TokenData:
+    """Return token sequences as validation data, in windows and batches of the run's sizes."""
+    settings = loaded.config.data
+    of_training = {"stride": 1, "num_workers": 0, "seed": 0}  # no figure depends on them
+    return TokenData(name, loaded.tokenizer, [], parts, settings.seq_len, settings.batch_size, **of_training)
 
 
 if __name__ == "__main__":

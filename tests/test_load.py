@@ -1,15 +1,13 @@
-"""What comes after training: load_run, evaluate.py and generate.py, from a run's folder alone."""
+"""What comes after training: load_run and generate.py, from a run's folder alone. evaluate.py: test_evaluate.py."""
 
 import io
 import json
-import math
 import shutil
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import TINY, Run, run_script
 from omegaconf import OmegaConf
 
@@ -90,14 +88,6 @@ def test_the_best_run_is_one_on_the_same_data(trained: Run, tmp_path: Path, monk
     assert load_run("best").folder == runs / "b"
 
 
-def test_evaluation_gives_the_figures_that_training_logged(trained: Run, script) -> None:
-    said = script("evaluate.py", f"run={trained.folder}", "checkpoint=last", "accelerator=cpu")
-    assert f"{trained.result['metrics']['val/loss']:.4f}" in said
-    figures = json.loads((trained.folder / "evaluation.json").read_text())
-    for name in ("val/loss", "val/perplexity", "val/bits_per_byte"):
-        assert figures[name] == trained.result["metrics"][name]  # to the last digit
-
-
 @pytest.mark.parametrize(
     ("trained_with", "precision", "loaded_with"), [("fused", "bf16-mixed", "unfused"), ("unfused", "32-true", "fused")]
 )
@@ -109,49 +99,7 @@ def test_attention_is_that_of_the_machine_that_loads(
     config.model.attention, config.trainer.precision = trained_with, precision
     OmegaConf.save(config, folder / "config.yaml")
     assert load_run(folder, "last").config.model.attention == loaded_with
-
-
-def test_evaluation_on_another_text_by_hand(trained: Run, script, tmp_path: Path) -> None:
-    other = tmp_path / "other.txt"
-    other.write_text("Облонских смешалось", encoding="utf-8")
-    script("evaluate.py", f"run={trained.folder}", f"data.path={other}", f"output={tmp_path / 'figures.json'}")
-    figures = json.loads((tmp_path / "figures.json").read_text())
-    loaded = load_run(trained.folder)
-    ids = torch.from_numpy(loaded.tokenizer.encode(other.read_text(encoding="utf-8")).copy()).long()
-    nats = 0.0
-    for start in range(0, len(ids) - 1, 16):
-        window = ids[start : start + 17]
-        with torch.no_grad(), torch.autocast("cpu", enabled="bf16" in trained.config["trainer"]["precision"]):
-            nats += float(F.cross_entropy(loaded.network(window[None, :-1])[0], window[1:], reduction="sum"))
-    assert figures["tokens"] == len(ids)
-    assert figures["val/loss"] == pytest.approx(nats / (len(ids) - 1), rel=1e-2)
-    assert figures["val/bits_per_byte"] == pytest.approx(nats / math.log(2) / (len(ids) - 1), rel=1e-2)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "says"),
-    [
-        (["run=nothing"], "run=nothing: no such run"),
-        (["checkpoint=first"], "checkpoint=first: first does not exist; available: best, last"),
-        (["data.path=nothing.txt"], "data.path: nothing.txt: no such file"),
-        (["data.path=a.txt"], "data.path: the text has too few tokens, 1"),
-        (["output=missing/x.json"], "output: missing/x.json: no such file"),
-        (["accelerator=abacus"], "accelerator: "),
-        (["run=[1]"], "run=[1]: input should be"),
-        (["dta.path=x"], "dta.path: unknown key"),
-    ],
-)
-def test_evaluation_refuses(
-    trained: Run, script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], says: str
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "a.txt").write_text("a")
-    assert says in refused(script, "evaluate.py", f"run={trained.folder}", *arguments)
-    assert not (trained.folder / "evaluation.json").exists()
-
-
-def test_a_run_without_validation_needs_a_text(shared_run: Run, script) -> None:
-    assert "data.path: the run has no validation split" in refused(script, "evaluate.py", f"run={shared_run.folder}")
+    assert load_run(folder, "last", as_trained=True).config.model.attention == trained_with
 
 
 def test_generation_goes_on_from_the_prompt(trained: Run, script, tmp_path: Path, monkeypatch) -> None:

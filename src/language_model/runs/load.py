@@ -28,13 +28,20 @@ class LoadedRun(NamedTuple):
     checkpoint: Path
 
 
-def load_run(run: str | Path = "latest", checkpoint: str = "best", device: str | torch.device = "cpu") -> LoadedRun:
+def load_run(
+    run: str | Path = "latest",
+    checkpoint: str = "best",
+    device: str | torch.device = "cpu",
+    as_trained: bool = False,
+) -> LoadedRun:
     """Load a trained run.
 
     Args:
         run: its folder or name; ``latest``; or ``best``, the lowest metric among the runs on the latest run's data.
         checkpoint: ``best``, ``last``, or a checkpoint file.
         device: where to put the network.
+        as_trained: keep the run's own attention, so that its losses come out with the same rounding; else the fastest
+            for the device.
 
     Raises:
         ConfigError: there is no such run or checkpoint, or it cannot be read.
@@ -52,7 +59,7 @@ def load_run(run: str | Path = "latest", checkpoint: str = "best", device: str |
         raise ConfigError(
             f"{display_path(file)} has format {content['format']}: this version reads up to {CHECKPOINT_FORMAT}"
         )
-    if config.model.get("attention"):  # it was chosen for the machine that trained the run
+    if config.model.get("attention") and not as_trained:  # it was chosen for the machine that trained the run
         config.model.attention = best_attention(torch.device(device).type, config.trainer.precision, 0.0)
     network = build(config, "model")
     weights = {name.removeprefix("network."): weight for name, weight in content["state_dict"].items()}

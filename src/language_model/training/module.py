@@ -158,6 +158,11 @@ class LanguageModel(L.LightningModule):
         if self.token_bytes is not None:
             self._val_bytes = self._val_bytes + self.token_bytes[targets].sum()
 
+    @property
+    def num_validated_tokens(self) -> int:
+        """Number of tokens that the last validation predicted, in this process."""
+        return int(self._val_loss.weight)
+
     def on_validation_epoch_end(self) -> None:
         """Log the loss over the whole split, all processes together."""
         sums = [self._val_loss.total, self._val_loss.weight, self._val_bytes]
