@@ -1,14 +1,18 @@
 """Wrong values for every key of every script: one line that names the key, or an honest run."""
 
+import json
+import math
+import runpy
 import shutil
 from pathlib import Path
 
 import hydra
 import pytest
-from conftest import ROOT, TINY
+import yaml
+from conftest import ROOT, TINY, Jobs, Run, Sweep, refused_sweep, run_script
 from omegaconf import OmegaConf
 
-from language_model.runs.config import ConfigError, flatten
+from language_model.runs.config import ConfigError, check_values, flatten
 from language_model.runs.fit import fit
 from language_model.runs.folder import RUNS
 from language_model.runs.plan import make_plan
@@ -102,3 +106,90 @@ def test_what_a_plan_accepts_trains(
                 pytest.fail(f"{key}={value}: {type(error).__name__}: {error}")
         for folder in (tmp_path / "run", RUNS / "wrong"):
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def made_up_sweep(folder: Path, run: Run) -> Path:
+    """Return the folder of a sweep of two rates and two seeds, whose jobs came to these losses."""
+    write_json_file(folder / "sweep.json", {"asked": {"optimizer.lr": ["0.1", "0.2"], "seed": ["0", "1"]}})
+    for i in range(4):
+        values = {"optimizer.lr": str(0.1 + i // 2 / 10), "seed": str(i % 2)}
+        job = folder / f"job-{i}"
+        shutil.copytree(run.folder, job, ignore=shutil.ignore_patterns("*.ckpt", "events*"))
+        write_json_file(job / "job.json", {"overrides": [], "values": values, "error": None})
+        result = json.loads((job / "result.json").read_text())
+        result["metrics"]["train/loss_epoch"] = result["best"] = 3.0 + i / 100 + (i == 3) / 200
+        write_json_file(job / "result.json", result)
+    return folder
+
+
+def write_json_file(file: Path, content: dict) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(content))
+
+
+SCRIPT_SETTINGS = {
+    "generate": ["max_new_tokens=2"],
+    "evaluate": ["accelerator=cpu"],
+    "compare": ["by=optimizer.lr"],
+}
+
+
+def keys_of_script(script: str) -> list[str]:
+    keys = flatten(yaml.safe_load((ROOT / "conf" / f"{script}.yaml").read_text()))
+    return [key for key in keys if not key.startswith(("hydra.", "defaults"))]
+
+
+SCRIPT_KEYS = [(script, key) for script in SCRIPT_SETTINGS for key in keys_of_script(script)]
+
+
+@pytest.mark.parametrize(("script", "key"), SCRIPT_KEYS)
+def test_a_wrong_value_for_another_script(
+    script: str, key: str, shared_run: Run, tmp_path: Path, corpora: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments = [*SCRIPT_SETTINGS[script], *([corpora] if script == "evaluate" else [])]
+    if script == "compare":
+        arguments.append(f"sweep={made_up_sweep(tmp_path / 'sweep', shared_run)}")
+    else:
+        arguments.append(f"run={shutil.copytree(shared_run.folder, tmp_path / 'run')}")
+    for value in (*WRONG, "true", "null", "/nowhere/x"):
+        try:
+            run_script(f"{script}.py", *(a for a in arguments if not a.startswith(f"{key}=")), f"{key}={value}")
+        except SystemExit as stopped:
+            message = str(stopped)
+            assert message.startswith("error: "), f"{key}={value}: {message}"
+            assert "\n" not in message
+            assert key in message, f"{key}={value}: {message}"
+            assert "HYDRA_FULL_ERROR" not in message, f"{key}={value}: {message}"
+
+
+@pytest.mark.parametrize("script", ["chapter", "data", "generate", "goals"])
+def test_wrong_values_for_the_benchmarks(script: str) -> None:
+    annotations = runpy.run_path(str(ROOT / "scripts" / "benchmarks" / f"{script}.py"))["KEYS"]
+    defaults = flatten(yaml.safe_load((ROOT / "conf" / f"benchmark_{script}.yaml").read_text()))
+    for key in keys_of_script(f"benchmark_{script}"):
+        refused = 0
+        for value in ("abc", -1, math.nan, [1.5], 1e30, True):
+            config = OmegaConf.create(defaults | {"folder": "x", "figures": "x"} | {key: value})
+            try:
+                check_values(config, annotations)
+            except ConfigError as error:
+                refused += 1
+                if key not in str(error):
+                    pytest.fail(f"{key}={value}: {error}")
+        assert refused >= 4, key
+
+
+@pytest.mark.parametrize("key", ["hydra.sweeper.max_jobs", "hydra.sweeper.params"])
+@pytest.mark.parametrize("value", ["abc", "-1", "nan", "0", "[1]", "true"])
+def test_wrong_values_for_the_sweepers(key: str, value: str, multirun: Sweep, jobs: Jobs) -> None:
+    message = refused_sweep(multirun, "seed=1,2", f"{key}={value}")
+    assert key in message
+
+
+@pytest.mark.parametrize("key", ["n_trials", "n_jobs", "sampler.n_startup_trials", "pruner.n_warmup_steps"])
+@pytest.mark.parametrize("value", ["abc", "-1", "nan", "[1]", "1e30"])
+def test_wrong_values_for_a_search(key: str, value: str, multirun: Sweep, jobs: Jobs) -> None:
+    space = "optimizer.lr=tag(log,interval(1e-4,1e-1))"
+    message = refused_sweep(multirun, "hydra/sweeper=search", space, f"hydra.sweeper.{key}={value}")
+    assert f"hydra.sweeper.{key}" in message

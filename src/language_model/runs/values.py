@@ -24,6 +24,7 @@ def differ_from_last(name: str) -> str:
 
 NO_LIMIT = Allowed(PositiveInt | Literal[-1], "1 and up; -1 for no limit")
 POSITIVE = Allowed(PositiveInt, "1 and up")
+WHOLE = Allowed(NonNegativeInt, "0 and up")
 POSITIVE_OR_NULL = Allowed(PositiveInt | None, "1 and up, or null")
 YES_OR_NO = Allowed(bool, "true, false")
 DURATION = Allowed(
@@ -93,6 +94,13 @@ ALLOWED: dict[str, dict[str, Allowed]] = {
     "lightning.pytorch.loggers.CSVLogger": {
         "save_dir": FOLDER,
         "flush_logs_every_n_steps": POSITIVE,
+    },
+    "optuna.*": {
+        "seed": Allowed(NonNegativeInt | None, "0 and up, or null"),
+        "n_startup_trials": WHOLE,
+        "n_warmup_steps": WHOLE,
+        "interval_steps": POSITIVE,
+        "n_min_trials": POSITIVE,
     },
     "torch.optim.*": {
         "lr": Allowed(PositiveFloat, "above 0"),
