@@ -15,7 +15,7 @@ from language_model.pages.plots import Interval, plot_intervals
 from language_model.runs.command_line import entry_point
 from language_model.runs.config import ConfigError, as_dict, check_values, did_you_mean, errors_for_key
 from language_model.runs.folder import SWEEPS
-from language_model.runs.monitor import final_name
+from language_model.runs.monitor import BETTER, final_name
 from language_model.sweeps import summary
 from language_model.sweeps.compare import MAX_SEEDS, POWER, Comparisons, compare_settings
 from language_model.sweeps.records import read_sweep
@@ -28,8 +28,6 @@ KEYS = {
     "confidence": Annotated[float, Field(gt=0, lt=1)],
     "output": str | None,
 }
-
-BETTER = {"min": "lower", "max": "higher"}
 
 
 @entry_point("compare")

@@ -3,6 +3,7 @@
 `python scripts/generate.py run=latest prompt="Shall I"`; `--help` shows every key.
 """
 
+import logging
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -12,6 +13,7 @@ from pydantic import Field, PositiveInt
 
 from language_model.runs.command_line import entry_point
 from language_model.runs.config import ConfigError, check_values, errors_for_key
+from language_model.terminal import log
 
 KEYS = {
     "run": str | int,
@@ -32,6 +34,8 @@ KEYS = {
 def main(config: DictConfig) -> None:
     """Generate samples, and print each token as soon as it is sampled."""
     check_values(config, KEYS)
+    log.handlers, log.propagate = [logging.StreamHandler()], False  # stderr: the text alone is on stdout
+    log.setLevel(logging.INFO)
     import numpy as np
     import torch
 

@@ -16,6 +16,9 @@ Mode = Literal["min", "max"]
 VALIDATION_METRICS = ("val/loss", "val/perplexity", "val/bits_per_byte")
 TRAINING_METRIC = "train/loss_epoch"
 
+BETTER = {"min": "lower", "max": "higher"}
+BEST = {"min": "lowest", "max": "highest"}
+
 
 def choose_monitor(config: DictConfig, data: TokenData) -> None:
     """Fill in the monitored metric (val/loss if the run validates, else train/loss_epoch), and its mode.
