@@ -1,11 +1,16 @@
+import contextlib
+import csv
 import math
 from functools import partial
 
 import lightning as L
+import lightning.pytorch.callbacks.timer
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -30,6 +35,31 @@ class Bigram(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.table(tokens)
+
+
+def rows(folder, name: str) -> list[float]:
+    """A column of metrics.csv, where it is filled in."""
+    return [float(row[name]) for row in csv.DictReader((folder / "metrics.csv").open()) if row.get(name)]
+
+
+class Validations(L.Callback):
+    """Notes the step and the loss of every validation; can stop the run, or interrupt it, after a number of steps."""
+
+    def __init__(self, stop_at: int | None = None, interrupt_at: int | None = None) -> None:
+        self.stop_at, self.interrupt_at = stop_at, interrupt_at
+        self.seen: list[tuple[int, float]] = []
+        self.saved = 0  # of these, before the last save
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+        if trainer.global_step == self.interrupt_at:
+            raise SIGTERMException
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        trainer.should_stop = trainer.should_stop or trainer.global_step == self.stop_at
+
+    def on_validation_end(self, trainer, pl_module) -> None:
+        assert pl_module.validated_step == trainer.global_step
+        self.seen.append((trainer.global_step, float(trainer.callback_metrics["val/loss"])))
 
 
 class Recorder(L.Callback):
@@ -127,10 +157,8 @@ def test_every_group_follows_the_schedule_from_its_own_peak(tmp_path) -> None:
 def test_what_is_logged(tmp_path) -> None:
     data = batches(6)
     recorder, trainer, _ = fit(tmp_path, Bigram(), data, lr=0.03, log_every_n_steps=2)
-    import csv
-
-    rows = list(csv.DictReader((tmp_path / "metrics.csv").open()))
-    steps = [row for row in rows if row["train/loss"]]
+    lines = list(csv.DictReader((tmp_path / "metrics.csv").open()))
+    steps = [row for row in lines if row["train/loss"]]
     assert [int(row["step"]) for row in steps] == [1, 3, 5]
     for row, (loss, rate, norm) in zip(steps, recorder.steps[1::2], strict=True):
         assert float(row["train/loss"]) == pytest.approx(loss, rel=1e-5)
@@ -142,15 +170,22 @@ def test_what_is_logged(tmp_path) -> None:
 
 @pytest.mark.filterwarnings("ignore:.*")
 @pytest.mark.parametrize("clip", [0.01, None])
-def test_an_accumulated_step_is_a_step_on_the_whole_batch(tmp_path, clip: float | None) -> None:
+@pytest.mark.parametrize(("count", "limit"), [(8, 1.0), (6, 1.0), (8, 5), (12, 0.5)])
+def test_an_accumulated_step_is_a_step_on_the_whole_batch(tmp_path, clip: float | None, count: int, limit) -> None:
+    """Also the last one of an epoch, which has the batches that are left."""
     torch.manual_seed(2)
     network, whole = Bigram(), Bigram()
     whole.load_state_dict(network.state_dict())
-    data = batches(8)
-    joined = [tuple(torch.cat(parts) for parts in zip(*data[i : i + 4], strict=True)) for i in (0, 4)]
-    recorder, trainer, _ = fit(tmp_path / "a", network, data, accumulate_grad_batches=4, gradient_clip_val=clip)
-    expected, _, _ = fit(tmp_path / "b", whole, joined, gradient_clip_val=clip)
-    assert trainer.global_step == 2
+    data = batches(count)
+    used = data[: limit if isinstance(limit, int) else int(count * limit)]
+    joined = [tuple(torch.cat(parts) for parts in zip(*used[i : i + 4], strict=True)) for i in (0, 4)]
+    same = {"gradient_clip_val": clip, "max_epochs": 2}
+    recorder, trainer, _ = fit(
+        tmp_path / "a", network, data, accumulate_grad_batches=4, limit_train_batches=limit, **same
+    )
+    expected, _, _ = fit(tmp_path / "b", whole, joined, **same)
+    assert trainer.global_step == 4
+    assert rows(tmp_path / "a", "train/loss") == pytest.approx(rows(tmp_path / "b", "train/loss"), rel=1e-5)
     assert [step[2] for step in recorder.steps] == pytest.approx([step[2] for step in expected.steps], rel=1e-4)
     torch.testing.assert_close(network.table.weight, whole.table.weight, rtol=1e-4, atol=1e-5)
 
@@ -181,6 +216,137 @@ def test_validation_loss_is_the_mean_over_tokens(tmp_path) -> None:
     mean = sum(losses) / len(losses)
     assert float(trainer.callback_metrics["val/loss"]) == pytest.approx(mean, rel=1e-5)
     assert float(trainer.callback_metrics["val/perplexity"]) == pytest.approx(math.exp(mean), rel=1e-5)
+
+
+ENDINGS = {
+    "max_steps": ({"max_steps": 5, "val_check_interval": 3}, [3, 5]),
+    "max_steps, where it is due": ({"max_steps": 6, "val_check_interval": 3}, [3, 6]),
+    "max_epochs": ({"max_epochs": 3, "check_val_every_n_epoch": 7}, [24]),
+    "max_epochs, where it is due": ({"max_epochs": 4, "check_val_every_n_epoch": 2}, [16, 32]),
+    "the end of an epoch": ({"max_epochs": 1, "val_check_interval": 3}, [3, 6, 8]),
+    "batches across epochs": (
+        {"max_epochs": 2, "check_val_every_n_epoch": None, "val_check_interval": 5}, [5, 10, 15, 16],
+    ),
+    "a callback": ({"max_epochs": 9, "check_val_every_n_epoch": 7, "stop_at": 5}, [5]),
+    "accumulation": ({"max_epochs": 1, "accumulate_grad_batches": 3, "val_check_interval": 4}, [1, 3]),
+    "no validation": ({"max_steps": 5, "limit_val_batches": 0}, []),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:.*")
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_the_last_step_is_validated_once_however_a_run_ends(tmp_path, ending: str) -> None:
+    options, steps = ENDINGS[ending]
+    validations = Validations(stop_at=options.get("stop_at"))
+    options = {"max_epochs": -1} | {name: value for name, value in options.items() if name != "stop_at"}
+    _, trainer, module = fit(tmp_path, Bigram(), batches(8), batches(2), callbacks=[validations], **options)
+    assert [step for step, _ in validations.seen] == steps
+    if steps:
+        final = float(module.loss(batches(2)[0]).detach() + module.loss(batches(2)[1]).detach()) / 2
+        assert module.validated_step == trainer.global_step
+        assert float(trainer.callback_metrics["val/loss"]) == pytest.approx(final, rel=1e-5)
+        assert rows(tmp_path, "val/loss") == pytest.approx([loss for _, loss in validations.seen])
+
+
+@pytest.mark.filterwarnings("ignore:.*")
+def test_a_run_that_stopped_early_was_just_validated(tmp_path) -> None:
+    validations = Validations()
+    stopping = EarlyStopping("val/loss", patience=1, min_delta=100)
+    callbacks = [validations, stopping]
+    fit(tmp_path, Bigram(), batches(8), batches(2), callbacks=callbacks, max_epochs=9, val_check_interval=3)
+    assert [step for step, _ in validations.seen] == [3, 6]
+
+
+@pytest.mark.filterwarnings("ignore:.*")
+def test_max_time_ends_with_a_validation(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    validations, clock = Validations(), iter(range(10_000))
+    monkeypatch.setattr(lightning.pytorch.callbacks.timer.time, "monotonic", lambda: float(next(clock)))
+    _, trainer, _ = fit(
+        tmp_path, Bigram(), batches(8), batches(2), callbacks=[validations], max_epochs=-1,
+        max_time="00:00:00:20", check_val_every_n_epoch=7,
+    )  # fmt: skip
+    assert 0 < trainer.global_step < 56  # the first validation that is due
+    assert [step for step, _ in validations.seen] == [trainer.global_step]
+
+
+@pytest.mark.filterwarnings("ignore:.*")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_steps": 13, "val_check_interval": 3},
+        {"max_epochs": 2, "check_val_every_n_epoch": 7},
+        {"max_epochs": 2, "accumulate_grad_batches": 3, "val_check_interval": 4},
+        {"max_epochs": 2, "accumulate_grad_batches": 3, "check_val_every_n_epoch": None, "val_check_interval": 5},
+    ],
+)
+@pytest.mark.parametrize("interrupt_at", [1, 3, 4, 5])
+def test_an_interrupted_run_validates_no_more_and_no_less(tmp_path, options: dict, interrupt_at: int) -> None:
+    """Together its parts validate as the whole run does, and come to the same weights.
+
+    All batches are alike, since this data is not skipped on resume, as the data module's is.
+    """
+
+    def part(name: str, validations: Validations, ckpt_path=None) -> Bigram:
+        torch.manual_seed(3)
+        network, last = Bigram(), LastCheckpoint(str(tmp_path / name), every_n_steps=1)
+        last.on_exception = lambda *args: None  # as when killed: what was saved before is all that is left
+        save = last.save
+        last.save = lambda trainer: (setattr(validations, "saved", len(validations.seen)), save(trainer))
+        with contextlib.suppress(SystemExit):
+            fit(
+                tmp_path / name, network, batches(1) * 8, batches(2), callbacks=[validations, last],
+                ckpt_path=ckpt_path, **{"max_epochs": -1} | options,
+            )  # fmt: skip
+        return network
+
+    whole, first, second = Validations(), Validations(interrupt_at=interrupt_at), Validations()
+    expected = part("whole", whole)
+    part("parts", first)
+    resumed = part("rest", second, tmp_path / "parts" / "last.ckpt")
+    assert first.seen[: first.saved] + second.seen == whole.seen
+    assert resumed.table.weight.equal(expected.table.weight)
+
+
+@pytest.mark.filterwarnings("ignore:.*")
+def test_the_mean_of_an_epoch_is_logged_if_the_epoch_is_complete(tmp_path) -> None:
+    recorder, trainer, module = fit(tmp_path, Bigram(), batches(8), max_epochs=-1, max_steps=10)
+    losses = [loss for loss, _, _ in recorder.steps]
+    assert rows(tmp_path, "train/loss_epoch") == [pytest.approx(sum(losses[:8]) / 8, rel=1e-5)]
+    assert module.unfinished_epoch == {"loss": pytest.approx(sum(losses[8:]) / 2, rel=1e-5), "steps": 2}
+    _, trainer, module = fit(
+        tmp_path / "b", Bigram(), batches(8), max_epochs=-1, max_steps=3, limit_train_batches=6,
+        accumulate_grad_batches=2,
+    )  # fmt: skip
+    assert "train/loss_epoch" in trainer.callback_metrics  # of all the batches that an epoch has here
+    assert module.unfinished_epoch is None
+
+
+@pytest.mark.filterwarnings("ignore:.*")
+def test_the_mean_of_an_epoch_is_that_of_all_processes(tmp_path) -> None:
+    _, trainer, module = fit(tmp_path, Bigram(), batches(8))
+    mine = float(module.mean_epoch_loss())
+    other = torch.tensor([20.0, 4.0], dtype=torch.float64)  # four batches with a mean loss of 5
+    trainer.strategy.reduce = lambda sums, reduce_op: sums + other
+    assert float(module.mean_epoch_loss()) == pytest.approx((8 * mine + 20) / 12)
+
+
+@pytest.mark.filterwarnings("ignore:.*")
+def test_callbacks_get_the_logits_of_a_validation(tmp_path) -> None:
+    class Calls(Bigram):
+        count = 0
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            self.count += not self.training
+            return super().forward(tokens)
+
+    class Logits(L.Callback):
+        def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0) -> None:
+            logits = pl_module.network.table(batch[0])
+            assert outputs["logits"].equal(logits)
+            assert outputs["loss"] == pytest.approx(float(F.cross_entropy(logits.flatten(0, 1), batch[1].flatten())))
+
+    _, _, module = fit(tmp_path, Calls(), batches(2), batches(3), callbacks=[Logits()])
+    assert module.network.count == 3
 
 
 @pytest.mark.filterwarnings("ignore:.*")

@@ -112,31 +112,51 @@ def log_hyperparameters(run: Plan, result: dict[str, Any]) -> None:
 def log_end(config: DictConfig, result: dict[str, Any]) -> None:
     """Log what a finished run has reached, and what can be done next."""
     metrics, folder = result["metrics"], Path(config.folder)
-    final = ", ".join(f"{name} {metrics[name]:.4f}" for name in ("train/loss_epoch", "val/loss") if name in metrics)
     log.info("")
     if "stopped_early" in result:
         log.info(f"stopped  after epoch {result['epochs'] - 1}: {result['stopped_early']}")
     if "best" in result:
         saved = display_path(Path(result["best_checkpoint"]))
         log.info(f"best     {result['monitor']} {result['best']:.4f}, saved in {saved}")
-    log.info(f"final    {final or 'no epoch was finished'}; uniform baseline {result['uniform_baseline']:.4f}")
-    speed = f", {result['tokens_per_sec']:,.0f} tokens/s" if "tokens_per_sec" in result else ""
+    elif config.callbacks.get("best") and config.monitor not in metrics:
+        log.info(f"best     none is saved: {config.monitor} was not logged; last.ckpt holds the last weights")
+    log.info(f"final    {describe_final(result)}; uniform baseline {result['uniform_baseline']:.4f}")
+    speed = f"; {result['tokens_per_sec']:,.0f} tokens/s" if result.get("tokens_per_sec") else ""
     speed += f", {result['mfu']:.1%} of the device's peak" if result.get("mfu") else ""
-    log.info(f"time     {result['seconds']:.1f} s for {result['steps']:,} steps{speed}")
+    speed += ", without validations and saves" if speed else ""
+    log.info(f"time     {result['seconds']:.1f} s for {result['steps']:,} steps, all starts together{speed}")
     if "grad_norm_max" in result:
-        clip = config.trainer.gradient_clip_val
+        clip, number = config.trainer.gradient_clip_val, result.get("skipped_steps")
+        skipped = f"; {number:,} steps skipped, whose gradient overflowed" if number else ""
         clipped = f"{result['clipped_share']:.1%} of the steps clipped to {clip:g}" if clip else "not clipped"
         log.info(
-            f"gradient norm largest {result['grad_norm_max']:.2f}, mean {result['grad_norm_mean']:.2f}, "
-            f"last {result['grad_norm_last']:.2f}; {clipped}"
+            f"gradient norm before clipping: largest {result['grad_norm_max']:.2f}, "
+            f"mean {result['grad_norm_mean']:.2f}, last {result['grad_norm_last']:.2f}; {clipped}{skipped}"
         )
     if result.get("sample"):
+        log.info(f"sample   {result.get('sample_description') or 'of the last weights'}:")
         log.info("\n" + result["sample"].strip("\n"))
     log.info("")
     log.info(f"look     tensorboard --logdir {shlex.quote(display_path(folder.parent))}")
     limit = "max_steps" if config.trainer.max_steps > 0 else "max_epochs"
     if config.trainer[limit] > 0:
         log.info(f"longer   {resume_command(folder, f'trainer.{limit}={2 * config.trainer[limit]}')}")
+
+
+def describe_final(result: dict[str, Any]) -> str:
+    """Return the last training and validation loss, each with the steps that it is of."""
+    metrics, parts = result["metrics"], []
+    if unfinished := result.get("unfinished_epoch"):
+        over = f"mean over the last {unfinished['steps']:,} steps of an unfinished epoch"
+        parts.append(f"training loss {unfinished['loss']:.4f} ({over})")
+    elif "train/loss_epoch" in metrics:
+        parts.append(f"train/loss_epoch {metrics['train/loss_epoch']:.4f} (mean of the last epoch)")
+    if "val/loss" in metrics:
+        step, share = result.get("validated_step"), result.get("validated_share") or 1
+        of = [f"step {step:,}"] if step is not None else []
+        of += [f"{100 * share:.3g}% of the split"] if share < 1 else []
+        parts.append(f"val/loss {metrics['val/loss']:.4f}" + (f" ({', '.join(of)})" if of else ""))
+    return ", ".join(parts) or "no loss was logged"
 
 
 def log_interrupted(run: Plan) -> None:

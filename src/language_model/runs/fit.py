@@ -96,6 +96,10 @@ def collect_result(run: Plan) -> dict[str, Any]:
         "steps": trainer.global_step,
         "epochs": trainer.current_epoch,
     }
+    if run.module.validated_step is not None:
+        result |= {"validated_step": run.module.validated_step, "validated_share": run.module.validated_share}
+    if run.module.unfinished_epoch is not None:
+        result["unfinished_epoch"] = run.module.unfinished_epoch
     for checkpoint in trainer.checkpoint_callbacks:
         if getattr(checkpoint, "monitor", None) == run.config.monitor and checkpoint.best_model_score is not None:
             result |= {"monitor": run.config.monitor, "best": float(checkpoint.best_model_score)}
@@ -103,11 +107,11 @@ def collect_result(run: Plan) -> dict[str, Any]:
     if (throughput := callbacks.get("Throughput")) is not None:
         result |= {"tokens": throughput.tokens, "tokens_per_sec": throughput.tokens_per_sec, "mfu": throughput.mfu}
     if (norms := callbacks.get("GradientNorm")) is not None:
-        result |= norms.summary(run.module.grad_norm)
+        result |= norms.summary()
     if (stopping := callbacks.get("EarlyStopping")) is not None and stopping.stopping_reason_message:
         result["stopped_early"] = stopping.stopping_reason_message
-    if (restoring := callbacks.get("RestoreBest")) is not None and restoring.done:
+    if (restoring := callbacks.get("RestoreBest")) is not None and restoring.restored_step is not None:
         result["restored_best"] = True
     if (sample := callbacks.get("Sample")) is not None:
-        result["sample"] = sample.text
+        result |= {"sample": sample.text, "sample_description": sample.description}
     return result

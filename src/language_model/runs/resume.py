@@ -30,7 +30,8 @@ CAN_CHANGE_ON_RESUME = (
     "trainer.max_epochs", "trainer.max_steps", "trainer.max_time", "trainer.accelerator", "trainer.devices",
     "trainer.num_nodes", "trainer.strategy", "trainer.log_every_n_steps", "trainer.enable_*", "trainer.detect_anomaly",
     "trainer.benchmark", "trainer.default_root_dir", "data.num_workers", "data.cache", "logger.*",
-    "callbacks.last.*", "callbacks.every.*", "callbacks.*.dirpath", "callbacks.console.*", "callbacks.sample.*",
+    "callbacks.last.*", "callbacks.every.*", "callbacks.*.dirpath", "callbacks.best._target_",
+    "callbacks.console.*", "callbacks.sample.*",
     "callbacks.dashboard.*", "callbacks.pruning.*", "callbacks.throughput.*", "callbacks.gradient_norm.*",
 )  # fmt: skip
 

@@ -1,6 +1,7 @@
 """The training step, its metrics, and the optimizer with its schedule."""
 
 import math
+import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -14,8 +15,10 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from language_model.data.tokenizer import Tokenizer
 from language_model.data.windows import IGNORE_INDEX
+from language_model.training.mean import Mean, accumulation_dtype
 
 CHECKPOINT_FORMAT = 1  # to be raised when checkpoints change so that `load_run` must distinguish them
+LAST_FIGURES = ("validated_step", "validated_share", "unfinished_epoch")  # what the last figures are of
 Batch = tuple[Tensor, Tensor]
 
 
@@ -26,10 +29,10 @@ class LanguageModel(L.LightningModule):
 
     - every `log_every_n_steps` optimizer steps, of that step alone: ``train/loss`` (mean over its batches, in nats a
       token), ``lr``, and ``train/grad_norm`` (before clipping)
-    - at the end of an epoch: ``train/loss_epoch``, the mean over its batches
-    - after a validation, over all tokens of the split: ``val/loss``, ``val/perplexity`` = exp(val/loss), and
-      ``val/bits_per_byte``, the summed loss in bits divided by the bytes of the predicted tokens, which can be
-      compared between tokenizers
+    - at the end of an epoch, if it has all its batches: ``train/loss_epoch``, the mean over them
+    - after a validation, of which the last is after the run's last step: over all tokens of the split: ``val/loss``,
+      ``val/perplexity`` = exp(val/loss), and ``val/bits_per_byte``, the summed loss in bits divided by the bytes of the
+      predicted tokens, which can be compared between tokenizers
 
     Args:
         network: tokens (B, T) int64 -> logits (B, T, V).
@@ -68,8 +71,12 @@ class LanguageModel(L.LightningModule):
         self._unchecked_step: Step | None = None  # the last step, if its gradient was not checked yet
         self._last_loss = torch.zeros(())
         self.epoch_loss = Mean()  # of the training batches
+        self.unfinished_epoch: dict[str, float] | None = None  # mean loss and steps, where a run ends inside an epoch
         self._val_loss = Mean()
         self._val_bytes: Tensor | int = 0
+        self.validated_step: int | None = None  # optimizer steps before the last validation
+        self.validated_share: float | None = None  # of the split's batches
+        self.batch_started = 0.0  # seconds, by time.perf_counter
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(B, T) int64 -> logits (B, T, V)."""
@@ -78,16 +85,23 @@ class LanguageModel(L.LightningModule):
     def loss(self, batch: Batch) -> Tensor:
         """Return the mean cross-entropy of a batch, in nats a token."""
         inputs, targets = batch
+        return self.cross_entropy(self(inputs), targets)
+
+    def cross_entropy(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Return the mean cross-entropy of logits (B, T, V) for targets (B, T), in nats a token."""
         cross_entropy = self._train_loss if self.training else F.cross_entropy
-        return cross_entropy(self(inputs).flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX)
+        return cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Return the loss of a batch."""
+        """Return the loss of a batch, scaled so that a step's gradient is the mean over the batches that it has."""
         loss = self.loss(batch)
         self._last_loss = loss.detach()
         self._step_loss.add(self._last_loss)
         self._step_batches.append(batch)
-        return loss
+        # Lightning divides by accumulate_grad_batches, though an epoch's last step may have fewer batches.
+        full = self.trainer.accumulate_grad_batches
+        present = min(full, self.trainer.num_training_batches - batch_idx // full * full)
+        return loss if present == full else loss * (full / present)
 
     def configure_gradient_clipping(
         self,
@@ -132,18 +146,43 @@ class LanguageModel(L.LightningModule):
         raise NonFiniteError(step.number, step.lr, float(step.loss), norm, step.batches[culprit][0])
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Reset the epoch's mean loss at its first batch."""
+        """Reset the epoch's mean loss at its first batch, and note the time, after all that callbacks do before."""
         if batch_idx == 0:
             self.epoch_loss = Mean()
+        self.batch_started = time.perf_counter()
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        """Add the batch to the epoch's mean loss, after its step."""
+        """Add the batch to the epoch's mean loss, after its step; see to it that the run's last step is validated."""
         self.epoch_loss.add(self._last_loss)
+        if ends_with_this_batch(self.trainer):
+            self.trainer.val_check_batch = 1  # Lightning's own copies of the intervals
+            if self.trainer.check_val_every_n_epoch is not None:
+                self.trainer.check_val_every_n_epoch = 1
+
+    @property
+    def epoch_is_complete(self) -> bool:
+        """Whether the last batch was the last of its epoch."""
+        return self.trainer.is_last_batch
+
+    def mean_epoch_loss(self) -> Tensor:
+        """Return the mean loss of the epoch's batches so far, of all processes; all of them must call this."""
+        total, weight = self._sum_over_processes(self.epoch_loss.total, self.epoch_loss.weight)
+        return total / weight
+
+    def _sum_over_processes(self, *sums: Tensor | float) -> Tensor:
+        exact = [torch.as_tensor(each, dtype=accumulation_dtype(self.device), device=self.device) for each in sums]
+        return self.trainer.strategy.reduce(torch.stack(exact), reduce_op="sum")
 
     def on_train_epoch_end(self) -> None:
-        """Log the epoch's mean loss."""
+        """Log the epoch's mean loss, unless the run ends before the end of the epoch."""
         self._raise_if_non_finite(self._unchecked_step)
-        self.log("train/loss_epoch", self.epoch_loss.value, sync_dist=True)
+        mean = self.mean_epoch_loss()
+        self.unfinished_epoch = None
+        if self.epoch_is_complete:
+            self.log("train/loss_epoch", mean, sync_dist=True)
+        else:
+            steps = math.ceil(float(self.epoch_loss.weight) / self.trainer.accumulate_grad_batches)
+            self.unfinished_epoch = {"loss": float(mean), "steps": steps}
 
     def on_validation_epoch_start(self) -> None:
         """Reset the split's mean loss."""
@@ -151,12 +190,20 @@ class LanguageModel(L.LightningModule):
         self._val_loss = Mean()
         self._val_bytes = 0
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Add a batch to the split's mean loss, weighted by its tokens."""
-        targets = batch[1][batch[1] != IGNORE_INDEX]
-        self._val_loss.add(self.loss(batch), targets.numel())
+    def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        """Add a batch to the split's mean loss, weighted by its tokens.
+
+        Returns:
+            "loss" and "logits" (B, T, V), for callbacks: they are `outputs` of ``on_validation_batch_end``.
+        """
+        inputs, targets = batch
+        logits = self(inputs)
+        loss = self.cross_entropy(logits, targets)
+        predicted = targets[targets != IGNORE_INDEX]
+        self._val_loss.add(loss, predicted.numel())
         if self.token_bytes is not None:
-            self._val_bytes = self._val_bytes + self.token_bytes[targets].sum()
+            self._val_bytes = self._val_bytes + self.token_bytes[predicted].sum()
+        return {"loss": loss, "logits": logits}
 
     @property
     def num_validated_tokens(self) -> int:
@@ -165,30 +212,38 @@ class LanguageModel(L.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log the loss over the whole split, all processes together."""
-        sums = [self._val_loss.total, self._val_loss.weight, self._val_bytes]
-        exact = [torch.as_tensor(each, dtype=accumulation_dtype(self.device), device=self.device) for each in sums]
-        nats, num_tokens, num_bytes = self.trainer.strategy.reduce(torch.stack(exact), reduce_op="sum")
+        mean = self._val_loss
+        nats, num_tokens, num_bytes = self._sum_over_processes(mean.total, mean.weight, self._val_bytes)
         loss = nats / num_tokens
         self.log_dict({"val/loss": loss, "val/perplexity": loss.exp()})
         if self.token_bytes is not None:
             self.log("val/bits_per_byte", nats / math.log(2) / num_bytes)
+        if not self.trainer.sanity_checking:
+            self.validated_step = self.trainer.global_step
+            self.validated_share = sum(self.trainer.num_val_batches) / len(self.trainer.val_dataloaders)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the epoch's mean so far and the tokenizer's fingerprint; raises if the last step was not finite."""
+        """Add the epoch's mean so far, what the last figures are of, and the tokenizer's fingerprint.
+
+        NonFiniteError if the last step was not finite.
+        """
         self._raise_if_non_finite(self._unchecked_step)
         own = [float(self.epoch_loss.total), float(self.epoch_loss.weight)]
         checkpoint["epoch_loss"] = [own] * self.trainer.world_size
         if self.trainer.world_size > 1:
             torch.distributed.all_gather_object(checkpoint["epoch_loss"], own)
+        checkpoint |= {name: getattr(self, name) for name in LAST_FIGURES}
         checkpoint["tokenizer"] = self.tokenizer.fingerprint
         checkpoint["format"] = CHECKPOINT_FORMAT
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore the epoch's mean; the optimizer stays fused or not as it is set now."""
+        """Restore what `on_save_checkpoint` added; the optimizer stays fused or not as it is set now."""
         fused = self.make_optimizer(self.network.named_parameters()).defaults.get("fused")
         for group in (group for state in checkpoint.get("optimizer_states", []) for group in state["param_groups"]):
             if "fused" in group:
                 group["fused"] = fused
+        for name in LAST_FIGURES:
+            setattr(self, name, checkpoint.get(name))  # not in those of earlier versions
         saved = checkpoint.get("epoch_loss", [])
         if len(saved) == self.trainer.world_size:
             self.epoch_loss.total, self.epoch_loss.weight = saved[self.trainer.global_rank]
@@ -200,6 +255,14 @@ class LanguageModel(L.LightningModule):
         # A function, not an object: LambdaLR restores an object's attributes from a checkpoint.
         scheduler = LambdaLR(optimizer, lambda step: schedule(step) / peak)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def ends_with_this_batch(trainer: L.Trainer) -> bool:
+    """Whether the run ends when the batch that was just trained on is done."""
+    last_epoch = trainer.max_epochs != -1 and trainer.current_epoch + 1 >= (trainer.max_epochs or 0)
+    last_step = trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps
+    stopped = trainer.should_stop and trainer.fit_loop._can_stop_early  # by a callback, or by max_time
+    return last_step or stopped or (last_epoch and trainer.is_last_batch)
 
 
 def is_asynchronous(device: torch.device) -> bool:
@@ -246,26 +309,3 @@ class NonFiniteError(ArithmeticError):
     def __init__(self, step: int, lr: float, loss: float, grad_norm: float, tokens: Tensor) -> None:
         super().__init__(f"the gradient of step {step:,} is not finite: loss {loss:g}, norm {grad_norm:g}, lr {lr:g}")
         self.step, self.lr, self.loss, self.grad_norm, self.tokens = step, lr, loss, grad_norm, tokens
-
-
-def accumulation_dtype(device: torch.device) -> torch.dtype:
-    """Return the dtype for sums over many tokens: float64 where the device has it."""
-    return torch.float32 if device.type == "mps" else torch.float64
-
-
-class Mean:
-    """A weighted mean, kept on the device of its values, so that adding to it does not wait."""
-
-    def __init__(self) -> None:
-        self.total: Tensor | float = 0.0
-        self.weight: Tensor | float = 0.0
-
-    def add(self, value: Tensor, weight: Tensor | float = 1.0) -> None:
-        """Add a value with its weight."""
-        self.total = self.total + value.to(accumulation_dtype(value.device)) * weight
-        self.weight = self.weight + weight
-
-    @property
-    def value(self) -> Tensor:
-        """The mean of the added values."""
-        return torch.as_tensor(self.total / self.weight)

@@ -1,9 +1,10 @@
 """What happens beside the training steps, one callback a file; ``conf/callbacks`` names them.
 
 `Console` writes to the terminal, `Throughput` and `GradientNorm` measure, `Sample` generates text, `Dashboard` adds to
-TensorBoard, `RestoreBest` brings back the best weights after early stopping.
+TensorBoard, `BestCheckpoint` keeps the best weights, `RestoreBest` brings them back after early stopping.
 """
 
+from language_model.training.callbacks.best_checkpoint import BestCheckpoint as BestCheckpoint
 from language_model.training.callbacks.console import Console as Console
 from language_model.training.callbacks.dashboard import Dashboard as Dashboard
 from language_model.training.callbacks.gradient_norm import GradientNorm as GradientNorm

@@ -11,6 +11,7 @@ from pydantic import PositiveInt
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from language_model.terminal import JOB_LABEL, log, terminal
+from language_model.training.module import ends_with_this_batch
 
 
 class Console(ProgressBar):
@@ -37,8 +38,10 @@ class Console(ProgressBar):
         self._enabled = True
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Show the bar, if the output is a terminal."""
+        """Say what the lines hold, and show the bar, if the output is a terminal."""
         self._started = time.perf_counter()
+        if self._enabled:
+            log.info("lines    Loss: mean of the epoch so far | LR: of the last step | Time: since this start")
         if self._enabled and terminal.is_terminal:
             self._bar = Progress(
                 TextColumn("{task.description}"),
@@ -78,7 +81,7 @@ class Console(ProgressBar):
     def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Log a line for a validation inside an epoch."""
         fitting = trainer.state.fn == "fit" and not trainer.sanity_checking
-        if fitting and not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+        if fitting and not trainer.is_last_batch and not ends_with_this_batch(trainer):  # else the epoch's line follows
             self._log(trainer, pl_module, f"Step {trainer.global_step:,}")
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
@@ -98,13 +101,17 @@ class Console(ProgressBar):
     def _log_epoch(self, trainer: L.Trainer, pl_module: Any, epoch: int) -> None:
         if epoch > self._logged_epoch:
             self._logged_epoch = epoch
-            self._log(trainer, pl_module, f"Epoch {epoch:3d}")
+            unfinished = "" if pl_module.epoch_is_complete else f" until step {trainer.global_step:,}"
+            self._log(trainer, pl_module, f"Epoch {epoch:3d}{unfinished}")
 
     def _log(self, trainer: L.Trainer, pl_module: Any, when: str) -> None:
+        loss = pl_module.mean_epoch_loss()  # by all processes together
         if not self._enabled:
             return
-        parts = [when, f"Loss: {pl_module.epoch_loss.value:.4f}"]
+        parts = [when, f"Loss: {loss:.4f}"]
         if "val/loss" in trainer.callback_metrics:
-            parts.append(f"Val loss: {trainer.callback_metrics['val/loss']:.4f}")
+            earlier = pl_module.validated_step != trainer.global_step
+            of = f" (step {pl_module.validated_step:,})" if earlier and pl_module.validated_step is not None else ""
+            parts.append(f"Val loss: {trainer.callback_metrics['val/loss']:.4f}{of}")
         parts += [f"LR: {pl_module.last_lr:.6f}", f"Time: {time.perf_counter() - self._started:.1f}s"]
         log.info(" | ".join(parts))
