@@ -117,7 +117,8 @@ def outcome(folder: Path) -> dict[str, Any]:
         for key in PLACES_AND_TIMES:
             state.pop(key, None)
         last["callbacks"][name] = state
-    last.pop("logs")
+    for name in ("logs", "seconds"):
+        last.pop(name)
     last["metrics"].pop("train/tokens_per_sec", None)
     with (folder / "metrics.csv").open() as file:
         rows = [{k: v for k, v in row.items() if "tokens_per_sec" not in k} for row in csv.DictReader(file)]

@@ -1,11 +1,13 @@
 """Files: where the project is, writing a file whole or not at all, paths as a user would type them, cached facts."""
 
+import errno
 import hashlib
 import json
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +15,25 @@ ROOT = Path(__file__).resolve().parents[2]  # of the checkout
 LARGE = 1 << 26  # size in bytes of a file whose facts are cached
 
 
+@contextmanager
+def write_errors(file: Path, what_is_left: str = "") -> Iterator[None]:
+    """Turn an OSError inside into one that names the file, and a full disk; its text is one line, in plain words."""
+    try:
+        yield
+    except OSError as error:
+        reason = "the disk is full" if error.errno == errno.ENOSPC else (error.strerror or str(error)).lower()
+        named = OSError(f"{file} could not be written: {reason}{what_is_left}")
+        named.errno = error.errno
+        raise named from error
+
+
 def write_text(file: Path, content: str) -> None:
     """Write a file and move it into place in one step: other processes see the old file or the new one, whole."""
     temporary = file.with_name(f"{file.name}.tmp")
     try:
-        temporary.write_text(content, encoding="utf-8")
-        temporary.replace(file)
+        with write_errors(file):
+            temporary.write_text(content, encoding="utf-8")
+            temporary.replace(file)
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -2,7 +2,6 @@
 
 import math
 import shlex
-from contextlib import suppress
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -60,7 +59,8 @@ def log_start(run: Plan) -> float:
             "is something wrong with the network or its initial weights?"
         )
     if run.previous is not None:
-        log.info(f"resuming from {display_path(run.previous.checkpoint)}")
+        left = "; it is trained: what comes after the training is left" if run.is_trained else ""
+        log.info(f"resuming from {display_path(run.previous.checkpoint)}{left}")
     return untrained
 
 
@@ -102,11 +102,10 @@ def log_hyperparameters(run: Plan, result: dict[str, Any]) -> None:
     settings = swept | settings | {"data": run.data.name, "Status": result["status"]}  # capitals are sorted first
     if "best" in result:
         settings[f"Best {result['monitor']}"] = result["best"]
-    with suppress(OSError):  # a full disk, which has stopped the run
-        for logger in run.trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                logger.log_hyperparams(settings, step=run.trainer.global_step)
-                logger.save()
+    for logger in run.trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            logger.log_hyperparams(settings, step=run.trainer.global_step)
+            logger.save()
 
 
 def log_end(config: DictConfig, result: dict[str, Any]) -> None:

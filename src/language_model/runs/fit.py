@@ -4,16 +4,17 @@ import math
 import signal
 import sys
 import time
-from contextlib import suppress
 from typing import Any
 
 from language_model.files import display_path, write_json
 from language_model.runs import announce
 from language_model.runs.config import ConfigError, errors_for_key
-from language_model.runs.folder import package_versions, run_folder
-from language_model.runs.load import load_checkpoint
-from language_model.runs.plan import Plan
+from language_model.runs.folder import lock_folder, package_versions, run_folder
+from language_model.runs.plan import Plan, look_again
+from language_model.runs.resume import COMPLETED, limits
 from language_model.terminal import log
+from language_model.training.checkpoint import LastCheckpoint
+from language_model.training.checkpoint_file import CheckpointError
 from language_model.training.log_files import truncate_logs
 from language_model.training.module import NonFiniteError
 
@@ -21,7 +22,7 @@ from language_model.training.module import NonFiniteError
 def fit(run: Plan) -> dict[str, Any]:
     """Train as planned, in the run's folder; return the result, which ``result.json`` also gets.
 
-    A run that is finished already only returns its result.
+    A run that is finished already only returns its result. One that was trained, but has no result yet, gets that.
 
     Of several processes only the first writes to the folder, besides checkpoints.
 
@@ -31,12 +32,16 @@ def fit(run: Plan) -> dict[str, Any]:
     """
     if run.trainer.state.fn is not None:
         raise ConfigError("this plan has been carried out already: make a new one, with the same overrides, to resume")
+    if run.trainer.is_global_zero and not run.is_finished:
+        with errors_for_key("folder"):
+            lock_folder(run.folder)
+            run = look_again(run)
     if run.previous is not None and run.is_finished:
         log.info(f"finished {display_path(run.folder)}: nothing is left to train")
         return run.previous.result
     if not run.trainer.is_global_zero:
         return train(run)
-    with run_folder(run.folder, run.config, run.overrides, run.data.tokenizer, is_new=run.previous is None):
+    with run_folder(run.folder, run.config, run.overrides, run.data.tokenizer):
         return train(run)
 
 
@@ -48,11 +53,15 @@ def train(run: Plan) -> dict[str, Any]:
         "untrained_loss": announce.log_start(run),
         "versions": package_versions(),
     }
+    saved = run.previous.content if run.previous else {}
     if run.trainer.is_global_zero:
-        logged = load_checkpoint(run.previous.checkpoint).get("logs", {}) if run.previous else {}
-        truncate_logs(run.trainer, run.folder, logged)
+        with errors_for_key("folder"):
+            truncate_logs(run.trainer, run.folder, saved.get("logs", {}))
     seconds_before = run.previous.result.get("seconds", 0.0) if run.previous else 0.0
-    started = time.perf_counter() - seconds_before
+    started = time.perf_counter() - max(seconds_before, saved.get("seconds", 0.0))
+    for checkpoint in run.trainer.checkpoint_callbacks:
+        if isinstance(checkpoint, LastCheckpoint):
+            checkpoint.limits, checkpoint.started = limits(run.config), started
     try:
         result["status"] = run_trainer(run)
     except SystemExit:
@@ -61,22 +70,36 @@ def train(run: Plan) -> dict[str, Any]:
     except Exception as error:
         result["error"] = f"{type(error).__name__}: {error}"
         announce.log_failure(run, error)
-        if isinstance(error, NonFiniteError | OSError):  # no mistake in the code: no traceback
+        if isinstance(error, NonFiniteError | OSError | CheckpointError):  # no mistake in the code: no traceback
             raise ConfigError(str(error)) from error
         raise
     finally:
         result["seconds"] = time.perf_counter() - started
         if run.trainer.is_global_zero:
             result |= collect_result(run)
-            with errors_for_key("folder"):
-                write_json(run.folder / "result.json", result)
-            with suppress(OSError):  # a full disk: the error that ended the run matters more
-                announce.log_hyperparameters(run, result)
+            write_result(run, result)
     return result
+
+
+def write_result(run: Plan, result: dict[str, Any]) -> None:
+    """Add the run to TensorBoard's HPARAMS, and only then write ``result.json``, so that no finished run lacks either.
+
+    ConfigError if a file could not be written; a warning, if it is another error that ended the run.
+    """
+    try:
+        announce.log_hyperparameters(run, result)
+        write_json(run.folder / "result.json", result)
+    except OSError as error:
+        if result["status"] in COMPLETED:
+            raise ConfigError(f"folder: {error}; the same command writes what is missing") from error
+        if not isinstance(sys.exception(), OSError | ConfigError):
+            log.warning(str(error))
 
 
 def run_trainer(run: Plan) -> str:
     """Run Lightning's trainer; return the status, finished or pruned. SystemExit if the run was interrupted."""
+    if run.is_trained:
+        run.trainer.limit_train_batches = 0  # lightning then does only what comes after the training
     try:
         run.trainer.fit(run.module, run.data, ckpt_path=run.checkpoint, weights_only=True)
     except SystemExit:  # lightning's, after SIGTERM and Ctrl-C, with other statuses
@@ -92,7 +115,10 @@ def collect_result(run: Plan) -> dict[str, Any]:
     trainer = run.trainer
     callbacks = {type(callback).__name__: callback for callback in trainer.callbacks}
     result: dict[str, Any] = {
+        "monitor": run.config.monitor,
+        "monitor_mode": run.config.monitor_mode,
         "metrics": {name: float(value) for name, value in trainer.callback_metrics.items() if "/" in name},
+        "limits": limits(run.config),
         "steps": trainer.global_step,
         "epochs": trainer.current_epoch,
     }
@@ -101,8 +127,8 @@ def collect_result(run: Plan) -> dict[str, Any]:
     if run.module.unfinished_epoch is not None:
         result["unfinished_epoch"] = run.module.unfinished_epoch
     for checkpoint in trainer.checkpoint_callbacks:
-        if getattr(checkpoint, "monitor", None) == run.config.monitor and checkpoint.best_model_score is not None:
-            result |= {"monitor": run.config.monitor, "best": float(checkpoint.best_model_score)}
+        if getattr(checkpoint, "best_model_path", "") and checkpoint.monitor == run.config.monitor:
+            result["best"] = float(checkpoint.best_model_score)
             result["best_checkpoint"] = checkpoint.best_model_path
     if (throughput := callbacks.get("Throughput")) is not None:
         result |= {"tokens": throughput.tokens, "tokens_per_sec": throughput.tokens_per_sec, "mfu": throughput.mfu}

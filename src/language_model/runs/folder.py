@@ -8,7 +8,7 @@ import platform
 import re
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,15 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from language_model.files import ROOT, display_path, modified_time, read_json, write_json, write_text
-from language_model.runs.config import ConfigError, did_you_mean, errors_for_key, flatten, name_or_timestamp, one_line
+from language_model.runs.config import (
+    ConfigError,
+    did_you_mean,
+    errors_for_key,
+    escape_interpolations,
+    flatten,
+    name_or_timestamp,
+    one_line,
+)
 from language_model.runs.moved_names import with_current_names
 from language_model.terminal import log
 
@@ -49,11 +57,19 @@ def find_run(key: str, run: str) -> Path:
 
 
 def read_config(folder: Path) -> DictConfig:
-    """Return a run's config, with the current names of everything; ConfigError if the file is damaged."""
+    """Return a run's config, with the current names of everything; ConfigError if the file is damaged.
+
+    To build something of it, check it first by `trust.check_offered`: the folder may be a stranger's.
+    """
+    return OmegaConf.create(escape_interpolations(read_saved_config(folder)))
+
+
+def read_saved_config(folder: Path) -> dict[str, Any]:
+    """Return what `read_config` does, as plain dicts and lists."""
     content = read_yaml(folder / "config.yaml")
     if not isinstance(content, dict) or not content.keys() & {"model", "data", "trainer", "optimizer"}:
         raise ConfigError(f"{display_path(folder / 'config.yaml')} is damaged, or not a run's config")
-    return OmegaConf.create(with_current_names(content))
+    return {"monitor_mode": "min"} | with_current_names(content)  # older runs have only this mode
 
 
 def read_yaml(file: Path) -> Any:
@@ -78,7 +94,7 @@ def read_facts(file: Path) -> dict[str, Any]:
 def read_settings(folder: Path) -> dict[str, Any]:
     """Return a run's config as a flat dict with dotted keys; empty if it was not saved yet."""
     saved = (folder / "config.yaml").is_file()
-    return flatten(OmegaConf.to_container(read_config(folder))) if saved else {}
+    return flatten(read_saved_config(folder)) if saved else {}
 
 
 def read_result(folder: Path) -> dict[str, Any]:
@@ -102,10 +118,13 @@ def update_job(folder: Path, **facts: Any) -> None:
 def choose_folder(config: DictConfig) -> Path:
     """Return the folder for this run, without creating it: ``folder`` if given, else ``outputs/runs/<name>``."""
     folder = Path(config.folder) if config.folder else RUNS / name_or_timestamp(config.name)
+    if not (config.folder or config.name):  # the name has a random part: the first process's must be that of all
+        if "TORCHELASTIC_RUN_ID" in os.environ or (rank_zero_only.rank and RUN_FOLDER not in os.environ):
+            raise ConfigError("name: a run of processes that were started one by one (torchrun, srun) needs name=...")
+        if rank_zero_only.rank:
+            folder = Path(os.environ[RUN_FOLDER])
     if rank_zero_only.rank == 0:
         os.environ[RUN_FOLDER] = str(folder.resolve())
-    elif not (config.folder or config.name):  # the name has a random part: take the first process's
-        folder = Path(os.environ[RUN_FOLDER])
     return folder.resolve()
 
 
@@ -121,7 +140,11 @@ def safe_folder_name(name: str, distinguish: str = "", max_length: int = 120) ->
 
 
 def lock_folder(folder: Path) -> None:
-    """Keep other processes from training in a folder until this one ends; ConfigError if another one already does."""
+    """Create a folder and keep other processes from training in it until this one ends.
+
+    ConfigError if another one already does.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".lock", is_singleton=True)
     try:
         lock.acquire(timeout=1)
@@ -135,31 +158,22 @@ def lock_folder(folder: Path) -> None:
 
 
 @contextmanager
-def run_folder(
-    folder: Path, config: DictConfig, overrides: list[str], tokenizer: Any, is_new: bool = True
-) -> Iterator[None]:
-    """Create a run's folder with its config and tokenizer, and copy the log inside to ``train.log``.
-
-    ConfigError if a run `is_new` and another process has trained in its folder since it was planned.
-    """
+def run_folder(folder: Path, config: DictConfig, overrides: list[str], tokenizer: Any) -> Iterator[None]:
+    """Write a run's config and tokenizer to its folder, and copy the log inside to ``train.log``."""
     with errors_for_key("folder"):
-        folder.mkdir(parents=True, exist_ok=True)
-        lock_folder(folder)
-        if is_new and any((folder / "checkpoints").glob("*.ckpt")):
-            raise ConfigError(
-                f"name: another process has trained in {display_path(folder)} meanwhile; the same command resumes it"
-            )
         write_text(folder / "overrides.yaml", OmegaConf.to_yaml(OmegaConf.create(overrides)))
         tokenizer.save(folder / "tokenizer.json")
         write_text(folder / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
     handler = logging.FileHandler(folder / "train.log", encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handler.handleError = lambda record: None  # type: ignore[method-assign]  # a full disk, which others report
     log.addHandler(handler)
     try:
         yield
     finally:
         log.removeHandler(handler)
-        handler.close()
+        with suppress(OSError):
+            handler.close()
 
 
 def package_versions() -> dict[str, str | None]:

@@ -1,6 +1,5 @@
 """Trained runs, loaded from their folders alone."""
 
-import pickle
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,10 +9,13 @@ from torch import nn
 
 from language_model.data.tokenizer import Tokenizer
 from language_model.data.tokenizer_file import load_tokenizer
-from language_model.files import display_path
-from language_model.runs.config import ConfigError, build, errors_for_key, one_line
-from language_model.runs.folder import all_runs, find_run, read_config, read_result
+from language_model.files import display_path, sha256_of
+from language_model.runs.config import ConfigError, as_dict, build, errors_for_key
+from language_model.runs.folder import all_runs, find_run, read_config, read_result, read_settings
+from language_model.runs.monitor import BEST, sign_of
+from language_model.runs.trust import check_offered
 from language_model.terminal import log
+from language_model.training.checkpoint_file import read_checkpoint
 from language_model.training.hardware import best_attention
 from language_model.training.module import CHECKPOINT_FORMAT
 
@@ -37,7 +39,7 @@ def load_run(
     """Load a trained run.
 
     Args:
-        run: its folder or name; ``latest``; or ``best``, the lowest metric among the runs on the latest run's data.
+        run: its folder or name; ``latest``; or ``best``, the best metric among those measured like the latest run.
         checkpoint: ``best``, ``last``, or a checkpoint file.
         device: where to put the network.
         as_trained: keep the run's own attention, so that its losses come out with the same rounding; else the fastest
@@ -48,73 +50,108 @@ def load_run(
     """
     folder = best_run() if str(run) == "best" else find_run("run", str(run))
     config = read_config(folder)
-    file = Path(checkpoint) if checkpoint not in ("best", "last") else folder / "checkpoints" / f"{checkpoint}.ckpt"
-    if not file.is_file():
-        available = ", ".join(sorted(path.stem for path in (folder / "checkpoints").glob("*.ckpt"))) or "none"
-        if checkpoint == "best" and "last" in available:
-            available += "; the run ended before its first validation"
-        raise ConfigError(f"checkpoint={checkpoint}: {display_path(file)} does not exist; available: {available}")
-    content = load_checkpoint(file, device="cpu")
+    check_offered(as_dict(config), display_path(folder / "config.yaml"))
+    file = find_checkpoint(folder, checkpoint)
+    with errors_for_key("checkpoint"):
+        content = load_checkpoint(file, device="cpu")
     if content.get("format", 1) > CHECKPOINT_FORMAT:
         raise ConfigError(
             f"{display_path(file)} has format {content['format']}: this version reads up to {CHECKPOINT_FORMAT}"
         )
     if config.model.get("attention") and not as_trained:  # it was chosen for the machine that trained the run
-        config.model.attention = best_attention(torch.device(device).type, config.trainer.precision, 0.0)
+        config.model.attention = best_attention(torch.device(device).type, config.trainer.get("precision"), 0.0)
     network = build(config, "model")
-    weights = {name.removeprefix("network."): weight for name, weight in content["state_dict"].items()}
-    try:
-        network.load_state_dict(weights)
-    except RuntimeError as error:
-        raise ConfigError(
-            f"{display_path(file)} does not fit the model of {display_path(folder)}: {one_line(str(error))}"
-        ) from error
+    if not hasattr(network, "max_seq_len"):  # which generation asks for
+        network.max_seq_len = config.data.get("seq_len")
+    weights = {str(name).removeprefix("network."): weight for name, weight in content["state_dict"].items()}
+    if different := difference(weights, network.state_dict()):
+        raise ConfigError(f"checkpoint: {display_path(file)} belongs to another network: {different}")
+    network.load_state_dict(weights)
     with errors_for_key("device"):
         network = network.eval().to(device)
     with errors_for_key("run"):
         return LoadedRun(network, load_tokenizer(folder / "tokenizer.json"), config, folder, file)
 
 
+def find_checkpoint(folder: Path, checkpoint: str) -> Path:
+    """Return the file of a run's checkpoint; ``last`` for ``best``, with a warning, if the run has judged none yet."""
+    file = Path(checkpoint) if checkpoint not in ("best", "last") else folder / "checkpoints" / f"{checkpoint}.ckpt"
+    if file.is_file():
+        return file
+    last = folder / "checkpoints" / "last.ckpt"
+    if checkpoint == "best" and last.is_file() and "best" not in read_result(folder):
+        log.warning(f"{display_path(file)} does not exist, as the run judged no weights; taking last.ckpt")
+        return last
+    available = ", ".join(sorted(path.stem for path in last.parent.glob("*.ckpt"))) or "none"
+    raise ConfigError(f"checkpoint={checkpoint}: {display_path(file)} does not exist; available: {available}")
+
+
 def load_checkpoint(checkpoint: Path, device: str = "meta") -> dict[str, Any]:
-    """Return what a checkpoint holds, tensors on `device` (``meta``: shapes without values).
+    """Return what a checkpoint of a run holds, tensors on `device` (``meta``: shapes without values).
 
     ConfigError if the file does not exist, is damaged, is no checkpoint of a run, or could run code when loaded.
     """
-    name = display_path(checkpoint)
-    if not checkpoint.is_file():
-        raise ConfigError(f"{name} does not exist")
     try:
-        content = torch.load(checkpoint, map_location=device, weights_only=True)
-    except pickle.UnpicklingError as error:
-        if "GLOBAL" in str(error):
-            raise ConfigError(
-                f"{name} holds more than numbers and text, which could run code when loaded: refused"
-            ) from error
-        raise ConfigError(f"{name} is damaged, or not a checkpoint") from error
-    except Exception as error:  # torch raises many kinds for damaged files
-        raise ConfigError(f"{name} is damaged, or not a checkpoint: {one_line(str(error))[:100]}") from error
-    if not isinstance(content, dict) or not {"global_step", "state_dict", "loops"} <= content.keys():
-        raise ConfigError(f"{name} is not a checkpoint of a run")
+        content = read_checkpoint(checkpoint, device)
+    except (OSError, ValueError) as error:
+        raise ConfigError(str(error)) from error
+    kinds = {"global_step": int, "state_dict": dict, "loops": dict}
+    if not isinstance(content, dict) or not all(isinstance(content.get(key), kind) for key, kind in kinds.items()):
+        raise ConfigError(f"{display_path(checkpoint)} is not a checkpoint of a run")
     return content
 
 
+def difference(theirs: dict[str, Any], ours: dict[str, Any]) -> str | None:
+    """Return the first weight, by name, whose shape is another in a checkpoint than in a network; None if none is."""
+    shapes = [{name: tuple(getattr(w, "shape", ())) for name, w in weights.items()} for weights in (theirs, ours)]
+    for name in sorted(shapes[0].keys() | shapes[1].keys(), key=str):
+        there, here = (weights.get(name) for weights in shapes)
+        if there != here:
+            return f"{name} has the shape {there or 'of no weight'} there and {here or 'of no weight'} here"
+    return None
+
+
 def best_run() -> Path:
-    """Return the folder of the run with the lowest best metric, among those with the latest run's metric and data."""
+    """Return the folder of the run with the best metric of ``best.ckpt``, among those comparable with the latest run.
 
-    def comparable(folder: Path) -> tuple[Any, ...]:
-        config = read_config(folder)
-        data = {key: config.data.get(key) for key in ("path", "train_path", "val_path", "val_fraction")}
-        return config.monitor, *data.values(), config.tokenizer
-
-    latest = comparable(find_run("run", "latest"))
+    Those have its metric, measured on the same share of the same data with the same tokenizer.
+    """
+    latest = find_run("run", "latest")
     scores: dict[Path, float] = {}
-    for folder in all_runs():
+    folders = all_runs()
+    wanted = measured_on(latest)
+    for folder in folders:
         try:
             score = read_result(folder).get("best")
-            if score is not None and comparable(folder) == latest:
+            if not isinstance(score, int | float | None):
+                raise ConfigError(f"{display_path(folder / 'result.json')} is damaged: best={score} is not a number")
+            if score is not None and measured_on(folder) == wanted:
                 scores[folder] = score
         except ConfigError as error:
             log.warning(f"{error}; this run is left out")
+    monitor, mode = wanted["monitor"], wanted["monitor_mode"]
     if not scores:
-        raise ConfigError("run=best: no run on the latest run's data has a best checkpoint")
-    return min(scores, key=lambda folder: scores[folder])
+        raise ConfigError(f"run=best: no run has a best checkpoint by {monitor}, measured as in {display_path(latest)}")
+    best = min(scores, key=lambda folder: sign_of(mode) * scores[folder])
+    log.info(
+        f"best     {display_path(best)}: {monitor} {scores[best]:.4f} of best.ckpt, the {BEST[mode]} of "
+        f"{len(scores)} runs measured alike; {len(folders) - len(scores)} others are not ranked"
+    )
+    return best
+
+
+def measured_on(folder: Path) -> dict[str, Any]:
+    """Return all that the metric of a run depends on, besides the network: the metric, the tokens and their share."""
+    settings = read_settings(folder)
+    share = {key: settings.get(f"trainer.{key}") for key in ("limit_val_batches", "overfit_batches", "fast_dev_run")}
+    irrelevant = {"data.cache", "data.num_workers", "data.seed"}
+    if not str(settings.get("monitor")).startswith("train/"):
+        irrelevant |= {"data.stride"}  # of the training windows
+        if share["limit_val_batches"] == 1.0 and not share["overfit_batches"]:
+            irrelevant |= {"data.batch_size"}  # the whole split, in batches of any size
+    else:
+        share["limit_train_batches"] = settings.get("trainer.limit_train_batches")
+    data = {key: value for key, value in settings.items() if key.startswith("data.") and key not in irrelevant}
+    metric = {key: settings.get(key) for key in ("monitor", "monitor_mode")}
+    tokenizer = folder / "tokenizer.json"
+    return {**metric, **share, **data, "tokenizer": sha256_of(tokenizer) if tokenizer.is_file() else None}

@@ -27,6 +27,11 @@ MOVED = {
     "checkpoint.Last": "training.checkpoint.LastCheckpoint",
     "search.Pruning": "sweeps.pruning.Pruning",
 }
+# Lightning's classes in older runs, and what stands in their place.
+REPLACED = {
+    "lightning.pytorch.loggers.TensorBoardLogger": "language_model.training.log_files.EventLogger",
+    "lightning.pytorch.loggers.CSVLogger": "language_model.training.log_files.TableLogger",
+}
 
 
 def with_current_names(settings: Any) -> Any:
@@ -37,6 +42,8 @@ def with_current_names(settings: Any) -> Any:
         return [with_current_names(value) for value in settings]
     if not isinstance(settings, str):
         return settings
+    if settings in REPLACED:
+        return REPLACED[settings]
     settings = re.sub(r"^([+~]*model\.attention=['\"]?)plain\b", r"\1unfused", settings)
     return re.sub(r"\blanguage_model\.(\w+)\.(\w+(?:\.\w+)*)", _rename, settings)
 

@@ -10,7 +10,7 @@ No run folder is created while a plan is made, so a mistake in the settings leav
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,8 +32,9 @@ from language_model.runs.choices import (
     choose_steps,
     choose_warmup,
 )
-from language_model.runs.config import SETTINGS, build, check_config, check_value, errors_for_key
-from language_model.runs.folder import RUNS, choose_folder
+from language_model.runs.config import SETTINGS, as_dict, build, check_config, check_value, errors_for_key
+from language_model.runs.folder import RUNS, choose_folder, read_result
+from language_model.runs.load import load_checkpoint
 from language_model.runs.monitor import choose_monitor
 from language_model.runs.resume import (
     PreviousRun,
@@ -42,6 +43,7 @@ from language_model.runs.resume import (
     compose,
     find_previous_run,
     is_finished,
+    limits,
     resolve_resume,
 )
 from language_model.terminal import log, setup_logging
@@ -81,6 +83,11 @@ class Plan:
         return previous is not None and is_finished(previous.result, previous.settings, self.config)
 
     @property
+    def is_trained(self) -> bool:
+        """Whether the training has already reached the end that is asked for, whatever else is left to do."""
+        return self.previous is not None and self.previous.content.get("limits") == limits(self.config)
+
+    @property
     def checkpoint(self) -> Path | None:
         """The checkpoint that training continues from; None to start with new weights."""
         if self.previous is not None:
@@ -104,7 +111,7 @@ def make_plan(config: DictConfig, typed: Sequence[str]) -> Plan:
     Raises:
         ConfigError: a setting is wrong, or the run cannot resume with it.
     """
-    check_value("resume", config.resume, SETTINGS["resume"])
+    check_value("resume", as_dict(config)["resume"], SETTINGS["resume"])
     config, overrides = resolve_resume(config, typed)
     check_config(config)
     folder = choose_folder(config)
@@ -163,9 +170,22 @@ def check_resume(run: Plan) -> None:
     if run.previous is not None:
         check_same_settings(run.folder, run.previous.settings, run.config)
     if run.checkpoint is not None and not run.is_finished:
-        done = check_checkpoint_fits(run.checkpoint, run.module, run.steps)
+        content = run.previous.content if run.previous else load_checkpoint(run.checkpoint)
+        done = check_checkpoint_fits(run.checkpoint, content, run.module, run.steps, is_own=run.previous is not None)
         if run.previous is not None:
             warn_of_stretched_schedule(run, done, run.previous.settings.get("total_steps"))
+
+
+def look_again(run: Plan) -> Plan:
+    """Return the plan with what its folder holds now, which is locked; another process may have trained there since.
+
+    ConfigError if that was another run.
+    """
+    if run.previous is not None and run.previous.result == read_result(run.folder):
+        return run
+    now = replace(run, previous=find_previous_run(run.folder))
+    check_resume(now)
+    return now
 
 
 def warn_of_stretched_schedule(run: Plan, done: int, total_before: int | None) -> None:

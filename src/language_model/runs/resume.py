@@ -17,9 +17,9 @@ from language_model.files import ROOT, display_path, modified_time
 from language_model.runs.command_line import explain_error, override_key, quote_override
 from language_model.runs.config import ConfigError, as_dict, errors_for_key, flatten
 from language_model.runs.folder import find_run, lock_folder, read_result, read_settings, read_yaml
-from language_model.runs.load import load_checkpoint
+from language_model.runs.load import difference, load_checkpoint
 from language_model.runs.moved_names import with_current_names
-from language_model.runs.trust import check_offered, check_overrides
+from language_model.runs.trust import check_offered, harmless_overrides
 from language_model.terminal import log
 from language_model.training.module import LanguageModel
 
@@ -41,15 +41,22 @@ DERIVED = (
     "model.attention", "optimizer.fused", "compile",
 )  # fmt: skip
 
+# What ends a run: with others, a finished run goes on.
+LIMITS = ("trainer.max_epochs", "trainer.max_steps", "trainer.max_time", "callbacks.early_stopping.patience")
+
 COMPLETED = ("finished", "pruned")  # the statuses of runs that do not resume
 
 
 class PreviousRun(NamedTuple):
-    """What a run left in its folder when it ended: settings with dotted keys, result, and where it can resume."""
+    """What a run left in its folder when it ended: settings with dotted keys, result, and where it can resume.
+
+    `content` is what that checkpoint holds, tensors without values.
+    """
 
     settings: dict[str, Any]
     result: dict[str, Any]
     checkpoint: Path
+    content: dict[str, Any]
 
 
 def can_change_on_resume(key: str) -> bool:
@@ -70,8 +77,7 @@ def resolve_resume(config: DictConfig, typed: Sequence[str]) -> tuple[DictConfig
     file = folder / "overrides.yaml"
     saved = with_current_names([str(override) for override in read_yaml(file) or []])
     kept = [old for old in saved if override_key(old) not in map(override_key, typed)]
-    check_overrides(kept, display_path(file))
-    overrides = [*kept, *typed]
+    overrides = [*harmless_overrides(kept, file), *typed]
     config = compose(overrides)
     check_offered(OmegaConf.to_container(config), display_path(file), typed)  # type: ignore[arg-type]  # a dict
     config.folder = str(folder)
@@ -103,36 +109,38 @@ def find_previous_run(folder: Path) -> PreviousRun | None:
     checkpoints = folder / "checkpoints"
     if not folder.exists() or (rank_zero_only.rank and not (checkpoints / "last.ckpt").exists()):
         return None
-    started, is_job = (folder / "config.yaml").is_file(), (folder / "job.json").is_file()
-    if (started or is_job) and rank_zero_only.rank == 0:
-        with errors_for_key("folder"):
-            lock_folder(folder)
-    if is_job and not started:
-        return None  # a sweep has prepared the folder
-    if not started:
+    if not any((folder / name).is_file() for name in ("config.yaml", "job.json", ".lock")):
         raise ConfigError(f"name: {display_path(folder)} exists and is not a run's folder; choose another name")
+    if rank_zero_only.rank == 0:
+        with errors_for_key("folder"):
+            lock_folder(folder)  # and only then look: another process may have been writing here
+    if not (folder / "config.yaml").is_file():
+        return None  # a sweep has prepared the folder, or a run was killed before it wrote its settings
     if rank_zero_only.rank == 0:
         remove_partial_saves(folder)
     if not list(checkpoints.glob("*.ckpt")) and not any((folder / f).exists() for f in ("metrics.csv", "result.json")):
         log.info(f"{display_path(folder)} was interrupted before its first step: it starts again")
         return None
-    return PreviousRun(read_settings(folder), read_result(folder), newest_good_checkpoint(folder))
+    return PreviousRun(read_settings(folder), read_result(folder), *newest_good_checkpoint(folder))
 
 
-def newest_good_checkpoint(folder: Path) -> Path:
-    """Return ``last.ckpt``, or if it is damaged the newest other checkpoint; ConfigError if none can be read."""
+def newest_good_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """Return ``last.ckpt``, or if it is damaged the newest other checkpoint, and what it holds.
+
+    ConfigError if none can be read.
+    """
     last = folder / "checkpoints" / "last.ckpt"
     others = sorted(last.parent.glob("*.ckpt"), key=modified_time, reverse=True)
     errors = []
     for file in (last, *(file for file in others if file != last)):
         try:
-            load_checkpoint(file)
+            content = load_checkpoint(file)
         except ConfigError as error:
             errors.append(str(error))
             continue
         for message in errors:
             log.warning(f"{message}; resuming from {display_path(file)}")
-        return file
+        return file, content
     raise ConfigError(
         f"{'; '.join(errors)}: no checkpoint to resume from; remove {display_path(folder)} to start again"
     )
@@ -150,11 +158,15 @@ def remove_partial_saves(folder: Path) -> None:
             requeued.unlink()  # lightning would prefer it to any newer checkpoint
 
 
+def limits(config: DictConfig) -> dict[str, Any]:
+    """Return the settings that end a run."""
+    return {key: OmegaConf.select(config, key) for key in LIMITS}
+
+
 def is_finished(result: dict[str, Any], settings: dict[str, Any], config: DictConfig) -> bool:
     """Whether a run with this result and these settings has reached the end that the config asks for."""
-    length = ("trainer.max_epochs", "trainer.max_steps", "trainer.max_time")
-    same_length = all(settings.get(key) == OmegaConf.select(config, key) for key in length)
-    return same_length and result.get("status") in COMPLETED
+    reached = result.get("limits") or {key: settings.get(key) for key in LIMITS}  # not in results of older runs
+    return reached == limits(config) and result.get("status") in COMPLETED
 
 
 def check_same_settings(folder: Path, before: dict[str, Any], config: DictConfig, derived: bool = True) -> None:
@@ -167,6 +179,7 @@ def check_same_settings(folder: Path, before: dict[str, Any], config: DictConfig
         derived: whether derived settings are filled in in `config`; if not, null ones are not compared.
     """
     now = flatten(as_dict(config))
+    one_sided = {callback(key) for key in before} ^ {callback(key) for key in now}  # added, or taken away
     if not derived:
         now |= {k: before[k] for k in now if now[k] is None and k in before and any(fnmatch(k, d) for d in DERIVED)}
         warmup, total = "schedule.warmup_steps", before.get("total_steps")
@@ -175,7 +188,7 @@ def check_same_settings(folder: Path, before: dict[str, Any], config: DictConfig
     changed = [
         f"{key}={before.get(key, 'nothing')} then, {now.get(key, 'nothing')} now"
         for key in dict.fromkeys((*before, *now))
-        if before.get(key) != now.get(key) and not can_change_on_resume(key)
+        if before.get(key) != now.get(key) and not can_change_on_resume(key) and callback(key) not in one_sided
     ]
     if changed:
         more = f", and {len(changed) - 4} more" if len(changed) > 4 else ""
@@ -185,29 +198,35 @@ def check_same_settings(folder: Path, before: dict[str, Any], config: DictConfig
         )
 
 
-def check_checkpoint_fits(checkpoint: Path, module: LanguageModel, steps: int | None) -> int:
-    """Return the steps that a checkpoint was trained for; ConfigError for a checkpoint of another network or tokenizer, or one that has reached all the steps.
+def callback(key: str) -> str | None:
+    """Return the callback that a key belongs to, as ``callbacks.sample``; None for other keys."""
+    group, _, rest = key.partition(".")
+    return f"{group}.{rest.partition('.')[0]}" if group == "callbacks" and "." in rest else None
+
+
+def check_checkpoint_fits(
+    checkpoint: Path, content: dict[str, Any], module: LanguageModel, steps: int | None, is_own: bool
+) -> int:
+    """Return the steps that a checkpoint was trained for.
+
+    ConfigError if it is of another network or tokenizer, or leaves no step of those that are asked for.
 
     Args:
         checkpoint: the file.
+        content: what it holds.
         module: the network and the tokenizer of this run.
         steps: optimizer steps of this run; None for no limit.
+        is_own: whether this run saved it: then it may have all the steps, and the rest of the run is left to do.
     """
-    content = load_checkpoint(checkpoint)
-    done, theirs = content["global_step"], {name: tuple(w.shape) for name, w in content["state_dict"].items()}
-    ours = {name: tuple(weight.shape) for name, weight in module.state_dict().items()}
-    for name in sorted(ours.keys() | theirs.keys()):
-        if ours.get(name) != theirs.get(name):
-            raise ConfigError(
-                f"resume: {display_path(checkpoint)} belongs to another network: {name} has the shape "
-                f"{theirs.get(name)} there and {ours.get(name)} here"
-            )
+    done: int = content["global_step"]
+    if different := difference(content["state_dict"], module.state_dict()):
+        raise ConfigError(f"resume: {display_path(checkpoint)} belongs to another network: {different}")
     if content.get("tokenizer", module.tokenizer.fingerprint) != module.tokenizer.fingerprint:
         raise ConfigError(
             f"resume: {display_path(checkpoint)} was trained with another tokenizer; use the same text, or "
             "tokenizer=file tokenizer.path=<that run's folder>/tokenizer.json"
         )
-    if steps is not None and done >= steps:
+    if steps is not None and (done > steps or (done == steps and not is_own)):
         raise ConfigError(
             f"resume: {display_path(checkpoint)} was trained for {done:,} steps already, and the run ends at "
             f"{steps:,}; set a larger trainer.max_epochs or trainer.max_steps"

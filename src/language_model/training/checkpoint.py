@@ -3,6 +3,7 @@
 import os
 import secrets
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from pydantic import PositiveInt
 
+from language_model.files import write_errors
 from language_model.terminal import log
+from language_model.training.checkpoint_file import read_checkpoint
 from language_model.training.log_files import log_file_lengths
 from language_model.training.module import NonFiniteError
 from language_model.training.random_state import RandomState, get_random_state, set_random_state, to_plain_values
@@ -32,15 +35,20 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.with_name(f"{target.name}.{secrets.token_hex(4)}.partial")
         try:
-            with temporary.open("wb") as file:
-                torch.save(checkpoint, file)
+            with write_errors(target, "; the checkpoint before it is whole"), temporary.open("wb") as file:
+                try:
+                    torch.save(checkpoint, file)
+                except RuntimeError as error:  # torch's writer, where the file's own error is
+                    raise error.__context__ if isinstance(error.__context__, OSError) else error from None
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(target)
-        except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError for a full disk
-            raise OSError(f"{target} could not be written ({error}); the checkpoint before it is whole") from error
         finally:
             temporary.unlink(missing_ok=True)
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        """Return what a checkpoint holds, on the CPU; raises as `read_checkpoint`."""
+        return read_checkpoint(Path(path), "cpu")
 
 
 class LastCheckpoint(Checkpoint):
@@ -51,7 +59,10 @@ class LastCheckpoint(Checkpoint):
 
     This callback also adds to every checkpoint of the run, whoever saves it, what exact resuming needs besides
     Lightning's own state: each process's random state, the position in the epoch, the latest values of the metrics,
-    and the lengths of the files that these are logged to.
+    and the lengths of the files that these are logged to. And it adds `limits` to the one that is saved at the end, by
+    which a run that was killed after it is known to be trained.
+
+    Of several processes, each learns between two steps of a signal that any of them got, and all stop at that step.
 
     Args:
         dirpath: the run's folder for checkpoints.
@@ -62,6 +73,9 @@ class LastCheckpoint(Checkpoint):
         self.dirpath = Path(dirpath)
         self.every_n_steps = every_n_steps
         self.signal: int | None = None  # the signal that asked the run to stop
+        self.limits: dict[str, Any] = {}  # that end the run; set by runs.fit
+        self.started = time.perf_counter()  # seconds; as if the run had never been interrupted; set by runs.fit
+        self._is_trained = False
         self._saved_step = -1
         self._between_steps = True
         self._random_state: RandomState | None = None  # at the start of this step
@@ -81,11 +95,8 @@ class LastCheckpoint(Checkpoint):
             if len(self._to_restore) == trainer.world_size:
                 set_random_state(self._to_restore[trainer.global_rank])
             else:
-                log.warning(
-                    f"the checkpoint was saved by {len(self._to_restore)} processes and this run has "
-                    f"{trainer.world_size}: random numbers differ from here on"
-                )
-        if trainer.world_size == 1 and not SLURMEnvironment.detect():  # lightning's requeue the job
+                warn_of_world_size(trainer, len(self._to_restore))
+        if not SLURMEnvironment.detect():  # lightning's handlers requeue the job
             for signum in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(signum, self._on_signal)
 
@@ -103,14 +114,21 @@ class LastCheckpoint(Checkpoint):
         if not self._between_steps:
             return
         self._random_state = get_random_state()
+        self._share_signal(trainer)
         if self.signal is not None:
             raise SIGTERMException
         step = trainer.global_step
         if step > self._saved_step and (step == 0 or (self.every_n_steps and step % self.every_n_steps == 0)):
             self.save(trainer)
 
+    def _share_signal(self, trainer: L.Trainer) -> None:
+        """Of several processes, tell each of a signal that any of them got: one alone cannot stop or save."""
+        if trainer.world_size > 1:
+            number = torch.tensor(self.signal or 0, device=trainer.strategy.root_device)
+            self.signal = int(trainer.strategy.reduce(number, reduce_op="max")) or None
+
     def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
-        """Save the state after the last complete step."""
+        """Save the state after the last complete step, if all processes have come here."""
         stopped_by_lightning = isinstance(exception, SIGTERMException) and self.signal is None
         if stopped_by_lightning:  # between two batches
             done = trainer.fit_loop.epoch_loop.batch_progress.current.processed
@@ -118,18 +136,26 @@ class LastCheckpoint(Checkpoint):
             self._random_state = get_random_state()
         found_late = isinstance(exception, NonFiniteError) and exception.step < trainer.global_step
         stopped_at_once = isinstance(exception, KeyboardInterrupt) or not self._between_steps
-        if self._random_state is None or stopped_at_once or found_late:
+        alone = trainer.world_size > 1 and not isinstance(exception, SIGTERMException | NonFiniteError)
+        if self._random_state is None or stopped_at_once or found_late or alone:
             return  # keep the one before: no step is done, or one is half done, or counted but not taken
         try:
             self.save(trainer)
         except OSError as error:
-            log.warning(str(error))
+            if not isinstance(exception, OSError):
+                log.warning(str(error))
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Save the final state."""
         self._random_state = None
+        self._is_trained = True
         if not trainer.fast_dev_run:
             self.save(trainer)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Restore the metrics of a run that was trained already, so that `on_train_start` was not called."""
+        if self._to_restore is not None:
+            trainer.callback_metrics.update(self._metrics)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Add what exact resuming needs to any checkpoint."""
@@ -139,6 +165,8 @@ class LastCheckpoint(Checkpoint):
         if trainer.world_size > 1:
             torch.distributed.all_gather_object(states, state)
         checkpoint["random_state"] = states
+        checkpoint["limits"] = self.limits if self._is_trained else None
+        checkpoint["seconds"] = time.perf_counter() - self.started
         checkpoint["logs"] = log_file_lengths(trainer) if trainer.is_global_zero else {}
         checkpoint["metrics"] = {name: value.detach().cpu() for name, value in trainer.callback_metrics.items()}
 
@@ -146,6 +174,17 @@ class LastCheckpoint(Checkpoint):
         """Keep the random state and the latest metrics until training starts."""
         self._to_restore = checkpoint.get("random_state")
         self._metrics = checkpoint.get("metrics", {})
+
+
+def warn_of_world_size(trainer: L.Trainer, saved_by: int) -> None:
+    """Warn that a checkpoint was saved by another number of processes, which changes the batch of a step."""
+    data: Any = trainer.datamodule
+    tokens = data.batch_size * data.seq_len * trainer.accumulate_grad_batches
+    log.warning(
+        f"the checkpoint was saved by {saved_by} processes and this run has {trainer.world_size}: from here on a step "
+        f"takes {tokens * trainer.world_size:,} tokens instead of {tokens * saved_by:,}, and random numbers and the "
+        f"order of the windows differ; to keep them: trainer.devices={saved_by}"
+    )
 
 
 def set_counters_between_batches(fit_loop: dict[str, Any], global_step: int) -> None:

@@ -1,14 +1,20 @@
 """The files that metrics are logged to, and cutting them back to their lengths at a checkpoint."""
 
 import csv
+import io
 import os
 from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from pydantic import PositiveInt
+from torch import Tensor
 from torch.utils.tensorboard.summary import hparams
+
+from language_model.files import write_errors, write_text
 
 EVENT_FILES = "events.out.tfevents.*"
 
@@ -42,6 +48,89 @@ class EventLogger(TensorBoardLogger):
         self.experiment.flush()
 
 
+class TableLogger(Logger):
+    """Writes ``metrics.csv``, a row for each call. Where a row cannot be written, those before it stay.
+
+    Args:
+        save_dir: the run's folder.
+        flush_logs_every_n_steps: steps between two writes.
+    """
+
+    name = version = save_dir = log_dir = ""
+
+    def __init__(self, save_dir: str, flush_logs_every_n_steps: PositiveInt = 100) -> None:
+        super().__init__()
+        self.save_dir = self.log_dir = save_dir
+        self.file = Path(save_dir) / "metrics.csv"
+        self.flush_logs_every_n_steps = flush_logs_every_n_steps
+        self._rows: list[dict[str, Any]] = []
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        """Add a row."""
+        values = {name: value.item() if isinstance(value, Tensor) else value for name, value in metrics.items()}
+        self._rows.append(values | {"step": step})
+        if step is not None and (step + 1) % self.flush_logs_every_n_steps == 0:
+            self.save()
+
+    @rank_zero_only
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        """Write nothing: config.yaml has them."""
+
+    @rank_zero_only
+    def save(self) -> None:
+        """Write the rows that are still in memory; OSError if they cannot be written."""
+        if not self._rows:
+            return
+        before = columns_of(self.file)
+        columns = sorted({*before, *(name for row in self._rows for name in row)})
+        if columns == before:
+            append(self.file, table(columns, self._rows, header=False))
+        else:
+            write_text(self.file, table(columns, [*read_rows(self.file), *self._rows]))
+        self._rows = []
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """Write what is still in memory."""
+        self.save()
+
+
+def columns_of(file: Path) -> list[str]:
+    """Return the columns of a CSV file; none if there is no file."""
+    if not file.exists():
+        return []
+    with file.open(encoding="utf-8") as opened:
+        return next(csv.reader(opened), [])
+
+
+def read_rows(file: Path) -> list[dict[str, Any]]:
+    """Return the rows of a CSV file by column; none if there is no file."""
+    return list(csv.DictReader(file.read_text(encoding="utf-8").splitlines() if file.exists() else []))
+
+
+def table(columns: list[str], rows: list[dict[str, Any]], header: bool = True) -> str:
+    """Return rows as CSV, empty where a row lacks a column."""
+    written = io.StringIO()
+    writer = csv.DictWriter(written, columns, lineterminator="\n")
+    if header:
+        writer.writeheader()
+    writer.writerows(rows)
+    return written.getvalue()
+
+
+def append(file: Path, text: str) -> None:
+    """Add text to a file; if that fails, OSError, and the file is as it was."""
+    length = file.stat().st_size
+    with write_errors(file, "; the rows before are whole"):
+        try:
+            with file.open("a", encoding="utf-8") as opened:
+                opened.write(text)
+        except OSError:
+            os.truncate(file, length)
+            raise
+
+
 def log_file_lengths(trainer: L.Trainer) -> dict[str, int]:
     """Flush the files that metrics are logged to; return the length of each: TensorBoard's in bytes, CSV in rows."""
     found = {}
@@ -50,10 +139,9 @@ def log_file_lengths(trainer: L.Trainer) -> dict[str, int]:
             logger.experiment.flush()
             for file in Path(logger.log_dir).glob(EVENT_FILES):
                 found[file.name] = file.stat().st_size
-        elif isinstance(logger, CSVLogger):
+        elif isinstance(logger, TableLogger):
             logger.save()
-            file = Path(logger.log_dir) / "metrics.csv"
-            found[file.name] = len(file.read_text().splitlines()) - 1 if file.exists() else 0
+            found[logger.file.name] = len(read_rows(logger.file))
     return found
 
 
@@ -76,14 +164,9 @@ def truncate_logs(trainer: L.Trainer, folder: Path, length: dict[str, int]) -> N
                     os.truncate(file, length[file.name])
                 else:
                     file.unlink()
-        elif isinstance(logger, CSVLogger):
-            file = Path(logger.log_dir) / "metrics.csv"
-            reader = csv.DictReader(file.read_text().splitlines() if file.exists() else [])
-            rows = list(reader)[: length.get(file.name, 0)]
-            writer = logger.experiment  # which removes the file
+        elif isinstance(logger, TableLogger):
+            rows = read_rows(logger.file)[: length.get(logger.file.name, 0)]
             if rows:
-                writer.metrics_keys = list(rows[0])
-                with file.open("w", newline="") as opened:
-                    table = csv.DictWriter(opened, writer.metrics_keys)
-                    table.writeheader()
-                    table.writerows(rows)
+                write_text(logger.file, table(list(rows[0]), rows))
+            else:
+                logger.file.unlink(missing_ok=True)
