@@ -164,10 +164,13 @@ def compare_settings(
     each = 1 - (1 - confidence) / len(compared)
     mode = next(row.mode for row in rows if row.metric)
     found = [compare(name, values[name], baseline, values[baseline], each, mode) for name in compared]
-    for name in others:
-        paired = name in compared and found[compared.index(name)].paired
-        alone = [seed for seed in values[name] if name not in compared or (paired and seed not in values[baseline])]
-        left_out += [LeftOut(name, f"{SEED}={seed}", "finished, but has no counterpart") for seed in alone]
+    for name in (name for name in others if name not in compared):
+        left_out += [LeftOut(name, f"{SEED}={seed}", "finished, but alone") for seed in values[name]]
+    for one in (one for one in found if one.paired):
+        alone = values[one.setting].keys() - values[baseline].keys()
+        left_out += [
+            LeftOut(one.setting, f"{SEED}={seed}", f"finished, but not in {baseline}") for seed in sorted(alone)
+        ]
     mean = statistics.fmean(values[baseline].values())
     return Comparisons(metrics(rows)[0], mode, baseline, mean, len(values[baseline]), also, found, left_out)
 
