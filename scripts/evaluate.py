@@ -116,7 +116,7 @@ def whole_text(path: str | list[str], loaded: LoadedRun, cache: str) -> TokenDat
         with errors_name("path", path):
             check_validation(facts["tokens"], "the text")
 
-    with errors_for_key("data", parameters=("path",)):
+    with errors_for_key("data", parameters=("path", "cache")):
         text = TextFiles(path, **options)
         tokenizer = partial(tokenizer_from_file, path=str(loaded.folder / "tokenizer.json"))
         wanted = settings.get("end_of_text")

@@ -6,8 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 from torch.utils.data import DataLoader
 
 from language_model.data.bpe import BPETokenizer
@@ -16,8 +18,11 @@ from language_model.data.token_files import is_text
 from language_model.data.tokenizer import ByteTokenizer, CharTokenizer, id_tokenizer
 from language_model.data.tokenizer_file import tokenizer_from_file
 from language_model.data.windows import IGNORE_INDEX
-from language_model.runs.config import ROOT
+from language_model.files import ROOT
+from language_model.runs.config import ConfigError, build
 
+CHARACTERS = {"_target_": "language_model.data.tokenizer.CharTokenizer.from_texts", "_partial_": True}
+FROM_FILE = {"_target_": "language_model.data.tokenizer_file.tokenizer_from_file", "_partial_": True}
 SONNETS = ROOT / "src" / "language_model" / "sonnets.txt"
 
 
@@ -104,10 +109,14 @@ def test_the_split_is_nanogpts(text_data) -> None:
         (
             b"a",
             {"val_fraction": 0.1},
-            r"^path=.*text.txt: the training text \(0 characters; data.val_fraction=0.1 takes the rest\) has 0 tokens, "
-            r"too few for one window of data.seq_len=4 and its shifted target: at least 5 are needed$",
+            r"^seq_len=4: the training text, 0 characters of text.txt \(data.val_fraction=0.1 takes the rest\), has "
+            r"0 tokens, too few for one window and its shifted target, 5 tokens; more text is needed$",
         ),
-        (b"abcd", {}, "^path=.*text.txt: the training text has 4 tokens, too few for one window of data.seq_len=4"),
+        (
+            b"abcd",
+            {},
+            "^seq_len=4: the training text, 4 characters of text.txt, has 4 tokens, .*; allowed: at most 3$",
+        ),
         (b"abcdefgh", {"batch_size": 5}, "^batch_size=5: the training data has 4 windows, .*; at most 4, or"),
         (b"abcdefgh", {"stride": 5}, "^stride=5: the training data has only 4 windows; at most that many$"),
         (
@@ -149,7 +158,7 @@ def test_text_that_cannot_be_trained_on(
 
 def test_a_prepared_text_is_still_checked(text_data) -> None:
     text_data("abcdefgh")
-    with pytest.raises(ValueError, match=r"has 8 tokens, too few for one window of data.seq_len=8"):
+    with pytest.raises(ValueError, match=r"^seq_len=8: .* has 8 tokens, too few"):
         text_data("abcdefgh", seq_len=8)
 
 
@@ -246,8 +255,6 @@ def header(*numbers: int) -> bytes:
         (header(20240520, 2, 1) + b"ab", "llm.c's header of version 2; 1 is known"),
         (header(20240520, 1, 9) + b"ab", "has 1,026 bytes, and by its header of 9 tokens should have 1,042"),
         (header(20240801, 7, 1) + b"ab", "has 1,026 bytes, and by its header of 1 tokens should have 1,028"),
-        (b"a\0b\0", "the training data has 2 tokens, too few for one window of data.seq_len=4"),
-        (header(20240520, 1, 0), "the training data has 0 tokens, too few"),
         (b"First Citizen:\n\tBefore we proceed" * 9, "it is text, not tokens: use data=text data.path=.*train.bin$"),
         (
             "学而时习之，\u3000不亦说乎？\xa0\N{ROCKET}\r\n".encode() * 3_000,
@@ -260,6 +267,13 @@ def test_token_files_that_are_none(tmp_path: Path, content: bytes, says: str) ->
     with pytest.raises(ValueError, match=f"^train_path=.*{says}"):
         BinData(str(tmp_path / "train.bin"), None, id_tokenizer, str(tmp_path / "cache"), seq_len=4, batch_size=1)
     assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("content", [b"a\0b\0", header(20240520, 1, 0)])
+def test_too_few_tokens_in_a_file(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "train.bin").write_bytes(content)
+    with pytest.raises(ValueError, match=r"^seq_len=4: the training data has [02] tokens, too few"):
+        BinData(str(tmp_path / "train.bin"), None, id_tokenizer, str(tmp_path / "cache"), seq_len=4, batch_size=1)
 
 
 @pytest.mark.parametrize(
@@ -276,6 +290,62 @@ def test_validation_tokens_that_are_none(tmp_path: Path, name: str, content: byt
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=f"^val_path=.*{says}"):
         BinData(train, str(tmp_path / name), id_tokenizer, str(tmp_path), seq_len=4, batch_size=1)
+
+
+def test_a_file_is_not_for_training_and_validation_both(text_data, tmp_path: Path) -> None:
+    text_data("ab" * 20)
+    (tmp_path / "link.txt").symlink_to(tmp_path / "text.txt")
+    for val in ("text.txt", "link.txt", "*.txt"):
+        with pytest.raises(
+            ValueError, match=r"^val_path=.*\.txt: training reads this file too; validation needs another"
+        ):
+            text_data("ab" * 20, val_path=str(tmp_path / val))
+    train = write_tokens(tmp_path / "train.bin", list(range(9)))
+    with pytest.raises(ValueError, match=r"^val_path=.*train\.bin: training reads this file too"):
+        BinData(train, str(tmp_path / "*.bin"), id_tokenizer, str(tmp_path), seq_len=4, batch_size=1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"path": ""}, "data.path=: string should have at least 1 character"),
+        ({"path": []}, "data.path=[]: "),
+        ({"path": ["a.txt", ""]}, "data.path=["),
+        ({"val_path": ""}, "data.val_path=: string should have at least 1 character"),
+        ({"cache": ""}, "data.cache=: string should have at least 1 character"),
+        ({"field": ""}, "data.field=: string should have at least 1 character"),
+        ({"path": None, "url": "", "sha256": "0" * 64}, "data.url=: string should have at least 1 character"),
+        ({"path": None}, "data.path=null: set data.path=..., or data.url and data.sha256"),
+        ({"path": "nothing.txt"}, "data.path=nothing.txt: no such file or directory"),
+        ({"val_path": "nothing.txt"}, "data.val_path=nothing.txt: no such file or directory"),
+        ({"seq_len": 2_000}, "data.seq_len=2000: the training text, 1,331 characters of sonnets.txt, has 1,331 tokens"),
+        ({"stride": 2_000}, "data.stride=2000: the training data has only 1,327 windows"),
+        ({"batch_size": 2_000}, "data.batch_size=2000: the training data has 1,327 windows"),
+        ({"encoding": "klingon"}, "data.encoding=klingon: Python knows no such text encoding"),
+        ({"cache": str(SONNETS)}, f"data.cache={SONNETS}: file exists"),
+        ({"tokenizer": FROM_FILE | {"path": ""}}, "data.tokenizer.path=: string should have at least 1 character"),
+        ({"tokenizer": FROM_FILE | {"path": "/dev/zero"}}, "data: tokenizer.path=/dev/zero: it is not a regular file"),
+        ({"tokenizer": FROM_FILE | {"path": str(SONNETS)}}, f"data: tokenizer.path={SONNETS}: "),
+    ],
+)
+def test_what_is_wrong_is_told_by_its_key(tmp_path: Path, settings: dict, says: str) -> None:
+    node = {"_target_": "language_model.data.datamodule.TextData", "path": str(SONNETS), "cache": str(tmp_path)}
+    sizes = {"seq_len": 4, "batch_size": 2, "tokenizer": CHARACTERS}
+    with pytest.raises(ConfigError) as error:
+        build(OmegaConf.create({"data": node | sizes | settings}), "data")
+    assert str(error.value).startswith(says)
+    assert "\n" not in str(error.value)
+
+
+def test_the_windows_are_as_long_as_asked_or_as_the_network_takes() -> None:
+    def seq_len(*overrides: str) -> int:
+        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+            return compose("train", list(overrides)).data.seq_len
+
+    for data in ("data=sonnets", "data=bin"):
+        assert seq_len(data, "model=baby") == 256
+        assert seq_len(data, "~model.max_seq_len") == 64  # a network without that key
+        assert seq_len(data, "data.seq_len=16") == seq_len(data, "~model.max_seq_len", "data.seq_len=16") == 16
 
 
 @given(st.lists(st.integers(0, 8_191), min_size=8, max_size=400))

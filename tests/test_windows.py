@@ -77,8 +77,10 @@ def test_windows_of_a_file_go_to_a_worker_as_the_files_name(tmp_path: Path) -> N
 
 def test_too_few_tokens_for_a_window() -> None:
     check_training(65, 64)
-    with pytest.raises(ValueError, match=r"it has 64 tokens, too few for one window of data.seq_len=64 .* at least 65"):
+    with pytest.raises(ValueError, match=r"^seq_len=64: it has 64 tokens, too few .*, 65 tokens; allowed: at most 63"):
         check_training(64, 64, "it")
+    with pytest.raises(ValueError, match=r"^seq_len=64: it has 0 tokens, too few .*; more text is needed"):
+        check_training(0, 64, "it")
     check_validation(2, "it")
     with pytest.raises(ValueError, match="it has too few tokens, 1: at least 2 are needed"):
         check_validation(1, "it")

@@ -129,6 +129,14 @@ def identity_collate(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     return batch
 
 
+def check_apart(train: Sequence[Path], val: Sequence[Path]) -> None:
+    """Raise ValueError if a file is for both training and validation."""
+    both = {file.resolve() for file in train} & {file.resolve() for file in val}
+    for file in val:
+        if file.resolve() in both:
+            raise ValueError(f"val_path={file}: training reads this file too; validation needs another, or null")
+
+
 class TextData(TokenData):
     """Text as shifted windows of its tokens.
 
@@ -176,6 +184,8 @@ class TextData(TokenData):
             path = str(download(url, sha256, Path(cache)))
         text = functools.partial(TextFiles, field=field, encoding=encoding, newlines=newlines)
         train, val = text(path), None if val_path is None else text(val_path, parameter="val_path")
+        if val is not None:
+            check_apart(train.files, val.files)
         if end_of_text is None:
             end_of_text = train.has_jsonl
 
@@ -184,10 +194,9 @@ class TextData(TokenData):
                 with errors_name("val_fraction", val_fraction) if val is None else errors_name("val_path", val_path):
                     check_validation(facts["tokens"], "the validation text")
             else:
-                share = f" ({facts['characters']:,} characters; data.val_fraction={val_fraction} takes the rest)"
-                with errors_name("path", path):
-                    what = "the training text" + (share if val is None and val_fraction else "")
-                    check_training(facts["tokens"], seq_len, what)
+                rest = f" (data.val_fraction={val_fraction} takes the rest)" if val is None and val_fraction else ""
+                what = f"the training text, {facts['characters']:,} characters of {train.name}{rest},"
+                check_training(facts["tokens"], seq_len, what)
                 ShuffledBatches(facts["tokens"] - seq_len, stride, batch_size, seed, epoch=lambda: 0)
 
         self.corpus = prepare(train, val, val_fraction, tokenizer, end_of_text, Path(cache), check_split)
@@ -228,6 +237,7 @@ class BinData(TokenData):
     ) -> None:
         train = token_files(train_path, "train_path")
         val = [] if val_path is None else token_files(val_path, "val_path")
+        check_apart([file.path for file in train], [file.path for file in val])
         name = ", ".join(file.path.name for file in train[:2]) + (", ..." if len(train) > 2 else "")
         largest = {f: cached_fact("largest_id", f.path, Path(cache), f.largest_id) for f in (*train, *val)}
         made = tokenizer(NoText(max(largest[file] for file in train)), False)
@@ -239,8 +249,7 @@ class BinData(TokenData):
         for file in val:
             with errors_name("val_path", val_path):
                 check_validation(len(file), str(file.path))
-        with errors_name("train_path", train_path):
-            check_training(max(map(len, train)), seq_len)
+        check_training(max(map(len, train)), seq_len)
         super().__init__(name, made, train, val, seq_len, batch_size, stride, num_workers, seed)
         self.train_batch_sampler()  # raises if there are too few windows
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from filelock import FileLock
 
-from language_model.data.text_files import TextFiles, errors_name
+from language_model.data.text_files import TextFiles, check_readable, errors_name
 from language_model.data.token_files import TokenFile
 from language_model.data.tokenizer import Texts, Tokenizer, UnknownCharacterError
 from language_model.data.tokenizer_file import load_tokenizer
@@ -287,7 +287,8 @@ def new_folder(folder: Path) -> Iterator[Path | None]:
         yield None
         return
     cache = folder.parent
-    cache.mkdir(parents=True, exist_ok=True)
+    with errors_name("cache", cache):
+        cache.mkdir(parents=True, exist_ok=True)
     lock = cache / f"{folder.name}.lock"
     with FileLock(lock):
         try:
@@ -313,7 +314,9 @@ def describe_maker(make_tokenizer: MakeTokenizer) -> list:
     """Return what determines a tokenizer besides the text: its function and settings, a file by its content."""
     function = getattr(make_tokenizer, "func", make_tokenizer)
     settings = dict(getattr(make_tokenizer, "keywords", {}))
-    if "path" in settings:
-        settings["path"] = sha256_of(Path(settings["path"]))
+    if path := settings.get("path"):
+        with errors_name("tokenizer.path", path):
+            check_readable(Path(path))
+        settings["path"] = sha256_of(Path(path))
     name = f"{function.__module__}.{function.__qualname__}"
     return [ORIGINAL_NAMES.get(name, name), settings]

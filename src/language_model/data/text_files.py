@@ -182,7 +182,7 @@ def check_readable(file: Path) -> None:
     """Raise OSError or ValueError unless it is a regular file that can be opened: a pipe or a device never ends."""
     if not file.is_file():
         file.stat()  # raises if there is no such file
-        raise ValueError(f"{file}: it is not a regular file, and text is read several times: copy what it holds to one")
+        raise ValueError(f"{file}: it is not a regular file, and it is read several times: copy what it holds to one")
     file.open("rb").close()
 
 
@@ -225,7 +225,8 @@ def download(url: str, sha256: str, folder: Path) -> Path:
     target = folder / "-".join(url.rstrip("/").split("/")[-2:])
     if target.is_file() and sha256_of(target) == sha256:
         return target
-    folder.mkdir(parents=True, exist_ok=True)
+    with errors_name("cache", folder):
+        folder.mkdir(parents=True, exist_ok=True)
     partial = folder / f"{target.name}.{secrets.token_hex(4)}.partial"
     try:
         with partial.open("wb") as file, urllib.request.urlopen(url, timeout=30) as response:

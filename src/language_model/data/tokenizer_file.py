@@ -4,19 +4,22 @@ import json
 from pathlib import Path
 
 from language_model.data.bpe import BPETokenizer
+from language_model.data.text_files import NonEmpty, check_readable, errors_name
 from language_model.data.tokenizer import ByteTokenizer, CharTokenizer, IdTokenizer, Texts, Tokenizer
 
 
-def tokenizer_from_file(texts: Texts, end_of_text: bool, path: str) -> Tokenizer:
+def tokenizer_from_file(texts: Texts, end_of_text: bool, path: NonEmpty) -> Tokenizer:
     """Return the tokenizer in a file, as `load_tokenizer`; ValueError if it lacks the end-of-text token it needs."""
-    tokenizer = load_tokenizer(Path(path))
-    if end_of_text and tokenizer.end_of_text is None:
-        raise ValueError(f"{path}: the tokenizer has no token that ends a document; set data.end_of_text=false")
+    with errors_name("tokenizer.path", path):
+        tokenizer = load_tokenizer(Path(path))
+        if end_of_text and tokenizer.end_of_text is None:
+            raise ValueError("the tokenizer has no token that ends a document; set data.end_of_text=false")
     return tokenizer
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
     """Return the tokenizer in a file by `Tokenizer.save` or the tokenizers library; ValueError for any other."""
+    check_readable(path)
     try:
         text = path.read_text(encoding="utf-8")
         content = json.loads(text)

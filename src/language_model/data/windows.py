@@ -166,9 +166,10 @@ class ShuffledBatches(Sampler[np.ndarray]):
 def check_training(num_tokens: int, seq_len: int, what: str = "the training data") -> None:
     """Raise ValueError if there are too few tokens for one window; `what` has them."""
     if num_tokens <= seq_len:
+        allowed = f"allowed: at most {num_tokens - 1}" if num_tokens > 1 else "more text is needed"
         raise ValueError(
-            f"{what} has {num_tokens:,} tokens, too few for one window of data.seq_len={seq_len} and its shifted "
-            f"target: at least {seq_len + 1} are needed"
+            f"seq_len={seq_len}: {what} has {num_tokens:,} tokens, too few for one window and its shifted target, "
+            f"{seq_len + 1:,} tokens; {allowed}"
         )
 
 
