@@ -16,6 +16,9 @@ Mode = Literal["min", "max"]
 VALIDATION_METRICS = ("val/loss", "val/perplexity", "val/bits_per_byte")
 TRAINING_METRIC = "train/loss_epoch"
 
+# Whether callbacks of Lightning's look at their metric at the end of an epoch; else at the end of a validation.
+ON_EPOCH_END = ("save_on_train_epoch_end", "check_on_train_epoch_end")
+
 BETTER = {"min": "lower", "max": "higher"}
 BEST = {"min": "lowest", "max": "highest"}
 
@@ -37,10 +40,14 @@ def choose_monitor(config: DictConfig, data: TokenData) -> None:
             words = f"no callback logs it; a callback of your own can, as {' or '.join(f'{g}...' for g in groups)}"
             raise ConfigError(f"{key}={metric}: {words}{did_you_mean(metric, known)}")
     config.monitor_mode = choose_mode("monitor_mode", config.monitor, config.monitor_mode)
-    for node in (node for node in config.callbacks.values() if node and "monitor" in node and "mode" in node):
-        key = f"{node._get_full_key(None)}.mode"
-        inherited = OmegaConf.is_interpolation(node, "mode") and node.monitor != config.monitor
-        node.mode = choose_mode(key, node.monitor, None if inherited else node.mode)
+    often = (config.trainer.val_check_interval, config.trainer.check_val_every_n_epoch) != (1.0, 1)
+    for name, node in config.callbacks.items():
+        if node and {"monitor", "mode"} <= node.keys():
+            inherited = OmegaConf.is_interpolation(node, "mode") and node.monitor != config.monitor
+            node.mode = choose_mode(f"callbacks.{name}.mode", node.monitor, None if inherited else node.mode)
+            for key in [key for key in ON_EPOCH_END if key in node and node[key] is None]:
+                # With validations at other times, Lightning would look at these, and find the last epoch's value.
+                node[key] = True if often and validates and node.monitor.startswith("train/") else None
 
 
 def monitored(config: DictConfig) -> dict[str, str]:

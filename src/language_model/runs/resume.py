@@ -37,8 +37,8 @@ CAN_CHANGE_ON_RESUME = (
 
 # Settings that are derived from others while they are null.
 DERIVED = (
-    "vocab_size", "*.vocab_size", "monitor", "*.monitor", "monitor_mode", "callbacks.*.mode", "trainer.precision",
-    "model.attention", "optimizer.fused", "compile",
+    "vocab_size", "*.vocab_size", "monitor", "*.monitor", "monitor_mode", "callbacks.*.mode",
+    "callbacks.*_on_train_epoch_end", "trainer.precision", "model.attention", "optimizer.fused", "compile",
 )  # fmt: skip
 
 # What ends a run: with others, a finished run goes on.
