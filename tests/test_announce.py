@@ -1,15 +1,65 @@
 """What test_train.py does not reach through a whole run."""
 
+import re
 from pathlib import Path
 
+import pytest
 import torch
 from test_module import Bigram
 
 from language_model.data.datamodule import TextData
 from language_model.data.tokenizer import CharTokenizer
-from language_model.runs.announce import untrained_loss
+from language_model.runs.announce import describe_final, untrained_loss
 from language_model.runs.config import ROOT
 from language_model.training.module import LanguageModel
+
+
+@pytest.mark.parametrize(
+    ("result", "says"),
+    [
+        (
+            {"metrics": {"train/loss_epoch": 1.5, "val/loss": 1.53}, "validated_step": 1500, "validated_share": 1.0},
+            "train/loss_epoch 1.5000 (mean of the last epoch), val/loss 1.5300 (step 1,500)",
+        ),
+        (
+            {"metrics": {"val/loss": 1.53}, "validated_step": 15, "validated_share": 0.125},
+            "val/loss 1.5300 (step 15, 12.5% of the split)",
+        ),
+        (
+            {"metrics": {"train/loss_epoch": 1.5}, "unfinished_epoch": {"loss": 1.4, "steps": 3}},
+            "training loss 1.4000 (mean over the last 3 steps of an unfinished epoch)",
+        ),
+        ({"metrics": {"val/loss": 1.53}}, "val/loss 1.5300"),  # of an earlier version
+        ({"metrics": {}}, "no loss was logged"),
+    ],
+)
+def test_the_final_figures_say_what_they_are_of(result: dict, says: str) -> None:
+    assert describe_final(result) == says
+
+
+def test_the_last_lines_say_what_they_are_of(train, tmp_path: Path) -> None:
+    sampled = "callbacks.sample.prompt=Shall"
+    run = train(
+        "data.val_fraction=0.3", "data.batch_size=4", "trainer.max_steps=11", "trainer.val_check_interval=5",
+        "trainer.limit_val_batches=0.5", sampled,
+    )  # fmt: skip
+    assert run.result["validated_step"] == 11
+    assert run.column("val/loss")[-1] == run.result["metrics"]["val/loss"]
+    share = 100 * run.result["validated_share"]
+    assert f"val/loss {run.column('val/loss')[-1]:.4f} (step 11, {share:.3g}% of the split); " in run.output
+    assert re.search(
+        r"\ntime     .* s for 11 steps, all starts together; .* tokens/s, without validations and", run.output
+    )
+    assert "\ngradient norm before clipping: largest " in run.output
+    assert "\nsample   prompt 'Shall', temperature 0.8, last weights (step 11):\n" in run.output
+
+
+def test_a_metric_of_epochs_that_was_never_logged_saves_nothing(train) -> None:
+    """Though the run validates: Lightning's own would fail."""
+    run = train("monitor=train/loss_epoch", "data.val_fraction=0.3", "trainer.max_steps=5")
+    assert run.result["validated_step"] == 5
+    assert "best" not in run.result
+    assert "best     none is saved: train/loss_epoch was not logged" in run.output
 
 
 def test_measuring_the_untrained_loss_changes_nothing(tmp_path: Path) -> None:

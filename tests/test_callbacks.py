@@ -1,5 +1,6 @@
 import io
 import logging
+import math
 import re
 from functools import partial
 from types import SimpleNamespace
@@ -7,6 +8,9 @@ from types import SimpleNamespace
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.console import Console as Terminal
 from test_module import Bigram, batches, loader
 
@@ -15,6 +19,7 @@ from language_model.data.tokenizer import CharTokenizer
 from language_model.training.callbacks import Console, GradientNorm, Sample, Throughput
 from language_model.training.callbacks import console as console_module
 from language_model.training.callbacks import throughput as throughput_module
+from language_model.training.checkpoint import AtomicCheckpointIO, LastCheckpoint
 from language_model.training.module import LanguageModel
 from language_model.training.optimizer import adamw
 from language_model.training.schedule import constant
@@ -32,14 +37,14 @@ def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return lines
 
 
-def fit(watchers: list, train: int = 12, val: int = 0, **options) -> L.Trainer:
-    trainer = L.Trainer(
-        **{"max_epochs": 1, "accelerator": "cpu", "log_every_n_steps": 4, "gradient_clip_val": 0.1} | options,
-        callbacks=watchers, logger=False, enable_checkpointing=False, enable_model_summary=False,
-        num_sanity_val_steps=0,
-    )  # fmt: skip
+def fit(watchers: list, train: int = 12, val: int = 0, ckpt_path=None, **options) -> L.Trainer:
+    usual = {
+        "max_epochs": 1, "accelerator": "cpu", "log_every_n_steps": 4, "gradient_clip_val": 0.1, "logger": False,
+        "enable_checkpointing": False,
+    }  # fmt: skip
+    trainer = L.Trainer(**usual | options, callbacks=watchers, enable_model_summary=False, num_sanity_val_steps=0)
     module = LanguageModel(Bigram(), partial(adamw, lr=0.1), partial(constant, lr=0.1), CharTokenizer("abcde"))
-    trainer.fit(module, loader(batches(train)), loader(batches(val)) if val else None)
+    trainer.fit(module, loader(batches(train)), loader(batches(val)) if val else None, ckpt_path=ckpt_path)
     return trainer
 
 
@@ -56,14 +61,50 @@ def test_gradient_norms_are_summed_up() -> None:
     norms, summed = Norms(), GradientNorm()
     fit([norms, summed], gradient_clip_val=0.21)  # some are above, some below
     values = norms.values
-    assert summed.summary(torch.tensor(values[-1])) == {
+    assert summed.summary() == {
         "grad_norm_max": pytest.approx(max(values)),
         "grad_norm_mean": pytest.approx(sum(values) / 12),
         "grad_norm_last": pytest.approx(values[-1]),
         "clipped_share": pytest.approx(sum(value > 0.21 for value in values) / 12),
+        "skipped_steps": 0,
     }
-    assert 0 < summed.summary(torch.tensor(0.0))["clipped_share"] < 1
-    assert GradientNorm().summary(torch.tensor(0.0)) == {}
+    assert 0 < summed.summary()["clipped_share"] < 1
+    assert GradientNorm().summary() == {}
+
+
+def summed_up(norms: list[float], before: GradientNorm | None = None) -> GradientNorm:
+    """Statistics of steps with these norms, clipped to 2; in a run that is resumed from that of another."""
+    summed = GradientNorm(warn_factor=1.0, warn_steps=100)
+    if before is not None:
+        summed.load_state_dict(before.state_dict())
+    trainer = SimpleNamespace(global_step=summed.steps, gradient_clip_val=2.0, log_every_n_steps=1)
+    module = SimpleNamespace(device="cpu")
+    summed.on_train_start(trainer, module)
+    for norm in norms:
+        trainer.global_step += 1
+        module.grad_norm = torch.tensor(norm)
+        summed.on_train_batch_end(trainer, module, None, None, 0)
+    return summed
+
+
+def test_steps_whose_gradient_overflowed_are_counted_apart() -> None:
+    """As with float16: their weights stay as they were, so their norm is that of no step."""
+    expected = {
+        "grad_norm_max": 4.0, "grad_norm_mean": 2.5, "grad_norm_last": 1.0, "clipped_share": 0.5, "skipped_steps": 3,
+    }  # fmt: skip
+    norms = [math.inf, 2.0, 4.0, math.nan, 3.0, 1.0, math.inf]
+    assert summed_up(norms).summary() == expected
+    assert summed_up(norms[3:], summed_up(norms[:3])).summary() == expected
+    assert summed_up([math.inf]).summary() == {"skipped_steps": 1}
+
+
+def test_gradient_norms_of_an_earlier_versions_checkpoint_are_added_to() -> None:
+    before = GradientNorm()
+    before.steps, before._sums = 2, torch.tensor([6.0, 4.0, 1.0, 0.0, 1.0])
+    assert summed_up([3.0], before).summary() == {
+        "grad_norm_max": 4.0, "grad_norm_mean": 3.0, "grad_norm_last": 3.0,
+        "clipped_share": pytest.approx(2 / 3), "skipped_steps": 0,
+    }  # fmt: skip
 
 
 @pytest.mark.filterwarnings("ignore:.*")
@@ -102,10 +143,49 @@ def test_throughput_counts_tokens_and_leaves_validation_out(monkeypatch: pytest.
     trainer = fit([throughput, Log()], val=1, val_check_interval=4)
     assert trainer.global_step == 12
     assert throughput.tokens == 12 * 4 * 6  # batches × windows × tokens
-    # The clock is read when it starts, at each of the three logs, and where a validation stops it: a second each.
-    assert logged == [pytest.approx(4 * 24 / 1), pytest.approx(4 * 24 / 2), pytest.approx(4 * 24 / 2)]
+    # The clock is read at the start of each batch, at each log, and where a validation stops it: a second each.
+    assert logged == [pytest.approx(4 * 24 / 4), pytest.approx(4 * 24 / 5), pytest.approx(4 * 24 / 5)]
     assert throughput.tokens_per_sec == pytest.approx(288 / throughput.seconds)
-    assert throughput.seconds < 10
+    assert throughput.seconds == 15
+
+
+@pytest.mark.filterwarnings("ignore:.*")
+@pytest.mark.parametrize("every", [1, 3, 4])
+def test_throughput_leaves_saves_out(monkeypatch: pytest.MonkeyPatch, tmp_path, every: int) -> None:
+    """Whoever saves, and whenever: between two steps, after a validation, at the end of an epoch or of the run."""
+    clock = iter(range(1_000_000))
+    monkeypatch.setattr(throughput_module.time, "perf_counter", lambda: float(next(clock)))
+    throughput, saves = Throughput(), []
+
+    class Slow(AtomicCheckpointIO):
+        def save_checkpoint(self, checkpoint, path, storage_options=None) -> None:
+            saves.append(path)
+            saved = checkpoint["callbacks"]["Throughput"]
+            assert saved["tokens"] == (0 if not saved["seconds"] else throughput.tokens)
+            for _ in range(1_000):
+                next(clock)
+
+    watchers = [
+        throughput,
+        LastCheckpoint(str(tmp_path), every_n_steps=every),
+        ModelCheckpoint(tmp_path, "step-{step}", every_n_train_steps=2, save_top_k=-1),
+        ModelCheckpoint(tmp_path, "epoch-{epoch}", save_on_train_epoch_end=True, save_top_k=-1),
+    ]
+    fit(watchers, val=1, val_check_interval=4, enable_checkpointing=True, plugins=[Slow()])
+    assert len(saves) >= 12 // every + 6 + 1
+    assert throughput.tokens == 288
+    assert 12 <= throughput.seconds < 12 * 4  # each batch's time, and nothing of a save's
+
+
+@pytest.mark.filterwarnings("ignore:.*")
+def test_throughput_waits_for_the_device_before_it_stops_its_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where a step is still being computed when Python is done with it: here 100 seconds of work."""
+    now = [0.0]
+    monkeypatch.setattr(throughput_module.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(throughput_module, "wait_for", lambda device: now.__setitem__(0, now[0] + 100.0))
+    throughput = Throughput()
+    fit([throughput], val=1, val_check_interval=6, log_every_n_steps=100)
+    assert throughput.seconds == 200  # at the validation, and at the end
 
 
 @pytest.mark.filterwarnings("ignore:.*")
@@ -113,20 +193,34 @@ def test_lines_in_the_chapters_form(said: list[str]) -> None:
     fit([Console(log_interval=2)], max_epochs=4)
 
     form = r"INFO: Epoch   (\d) \| Loss: \d\.\d{4} \| LR: 0\.100000 \| Time: \d+\.\ds"
-    assert [re.fullmatch(form, line)[1] for line in said] == ["0", "2", "3"]  # every second, and the last
+    assert said[0].startswith("INFO: lines    Loss: mean of the epoch so far | LR: of the last step | Time: since this")
+    assert [re.fullmatch(form, line)[1] for line in said[1:]] == ["0", "2", "3"]  # every second, and the last
 
 
 @pytest.mark.filterwarnings("ignore:.*")
 def test_the_lines_loss_is_the_epochs_own(said: list[str]) -> None:
     trainer = fit([Console(log_interval=1)], max_epochs=1)
-    assert f"Loss: {trainer.callback_metrics['train/loss_epoch']:.4f}" in said[0]
+    assert f"Loss: {trainer.callback_metrics['train/loss_epoch']:.4f}" in said[1]
 
 
 @pytest.mark.filterwarnings("ignore:.*")
 def test_validations_inside_an_epoch_have_lines_of_their_own(said: list[str]) -> None:
     fit([Console()], val=1, val_check_interval=4)
-    assert [line.split(" |")[0] for line in said] == ["INFO: Step 4", "INFO: Step 8", "INFO: Epoch   0"]
-    assert all("Val loss: " in line for line in said)
+    assert [line.split(" |")[0] for line in said[1:]] == ["INFO: Step 4", "INFO: Step 8", "INFO: Epoch   0"]
+    assert all("Val loss: " in line for line in said[1:])
+
+
+@pytest.mark.filterwarnings("ignore:.*")
+def test_a_line_says_what_it_is_of(said: list[str]) -> None:
+    """The validation before, where the epoch ends without one; the last step, where the run ends inside an epoch."""
+    fit([Console(log_interval=1)], val=1, val_check_interval=5, max_epochs=-1, max_steps=13)
+    lines = [re.sub(r"\d\.\d+", "x", line.split(" | LR")[0]) for line in said[1:]]
+    assert lines == [
+        "INFO: Step 5 | Loss: x | Val loss: x",
+        "INFO: Step 10 | Loss: x | Val loss: x",
+        "INFO: Epoch   0 | Loss: x | Val loss: x (step 10)",
+        "INFO: Epoch   1 until step 13 | Loss: x | Val loss: x",
+    ]
 
 
 @pytest.mark.filterwarnings("ignore:.*")
@@ -167,11 +261,13 @@ def test_the_bar_is_taken_away_when_training_fails(monkeypatch: pytest.MonkeyPat
 def test_other_processes_are_silent(said: list[str]) -> None:
     console = Console()
     console.disable()
+    asked: list[bool] = []
     trainer = SimpleNamespace(global_step=0, current_epoch=0, callback_metrics={})
-    module = SimpleNamespace(last_lr=0.1, epoch_loss=SimpleNamespace(value=1.0))
+    module = SimpleNamespace(last_lr=0.1, mean_epoch_loss=lambda: asked.append(True) or 1.0)
     console.on_train_start(trainer, module)
     console._log(trainer, module, "Epoch 0")
     assert said == []
+    assert asked  # the first process waits for this
     console.enable()
     console._log(trainer, module, "Epoch 0")
     assert len(said) == 1
@@ -186,6 +282,63 @@ def test_a_sample_starts_with_its_prompt_and_disturbs_nothing() -> None:
     assert text.startswith("bad")
     assert network.training
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.filterwarnings("ignore:.*")
+@pytest.mark.parametrize(
+    ("every", "interval", "steps"),
+    [(4, 4, [4, 8, 12]), (8, 4, [8]), (5, 4, [8, 12]), (5, 12, [12]), (100, 4, []), (None, 4, [])],
+)
+@pytest.mark.parametrize("interrupted_at", [None, 3, 4, 6, 9])
+def test_samples_are_as_far_apart_as_is_set(
+    tmp_path, every: int | None, interval: int, steps: list[int], interrupted_at: int | None
+) -> None:
+    """By steps, not by time: a resumed run has them at the same steps. One more comes at the end."""
+
+    class Noted(Sample):
+        written: list[int] = []  # noqa: RUF012
+
+        def _write_sample(self, trainer, pl_module) -> None:
+            self.written.append(trainer.global_step)
+
+    class Last(LastCheckpoint):
+        def save(self, trainer) -> None:
+            saved[:] = Noted.written
+            super().save(trainer)
+
+    class Interrupt(L.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+            if trainer.global_step == interrupted_at:
+                raise SIGTERMException
+
+    saved: list[int] = []
+    options = {"val": 1, "val_check_interval": interval, "enable_checkpointing": True}
+    options["logger"] = CSVLogger(tmp_path, name="", version="")
+    if interrupted_at is not None:
+        with pytest.raises(SystemExit):
+            fit([Noted(every), Last(str(tmp_path), 2), Interrupt()], **options)
+        Noted.written = saved
+        options["ckpt_path"] = tmp_path / "last.ckpt"
+    fit([Noted(every), LastCheckpoint(str(tmp_path))], **options)
+    assert Noted.written == [*steps, 12]
+
+
+@pytest.mark.filterwarnings("ignore:.*")
+def test_a_network_without_max_seq_len_is_sampled_from() -> None:
+    """Within the windows' length; the description says what the text is of."""
+
+    class Data(L.LightningDataModule):
+        tokenizer, default_prompt, seq_len = CharTokenizer("abcde"), "bad", 6
+
+        def train_dataloader(self):
+            return loader(batches(2))
+
+    sample = Sample(max_new_tokens=20, top_k=3)
+    trainer = L.Trainer(max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False, callbacks=[sample])
+    module = LanguageModel(Bigram(), partial(adamw, lr=0.1), partial(constant, lr=0.1), CharTokenizer("abcde"))
+    trainer.fit(module, Data())
+    assert len(sample.text) == 23
+    assert sample.description == "prompt 'bad', temperature 0.8, top_k 3, last weights (step 2)"
 
 
 def test_log_lines_reach_the_terminal_unwrapped(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:

@@ -22,7 +22,7 @@ def poem(tmp_path) -> str:
 
 
 def test_tensorboard_shows_losses_over_tokens_the_schedule_and_samples(train, poem: str) -> None:
-    tiny = train("data=text", poem)
+    tiny = train("data=text", poem, "callbacks.sample.every_n_steps=8")
     events = events_of(tiny.folder)
     scalars = set(events.Tags()["scalars"])
     assert {"watch/lr", "watch/grad_norm", "watch/lr_planned", "x_axis_tokens/val/loss"} <= scalars
@@ -42,7 +42,7 @@ def test_tensorboard_shows_losses_over_tokens_the_schedule_and_samples(train, po
         for step in range(16)
     }
     samples = events.Tensors("sample/text_summary")
-    assert [e.step for e in samples] == [8, 16, 16]  # each validation, and the end
+    assert [e.step for e in samples] == [8, 16, 16]  # every eight steps, and the end
     assert samples[-1].tensor_proto.string_val[0].decode().startswith("```\nShall I")
 
 
@@ -93,6 +93,24 @@ def test_hparams_lists_the_settings_that_are_tuned(train, poem: str) -> None:
     assert not row.keys() & {"data.encoding", "data.cache", "data.seed", "trainer.benchmark", "model._target_"}
     # with a list of columns in one run, TensorBoard would neither look for those of others nor for what differs
     assert "_hparams_/experiment" not in events_of(run.folder).summary_metadata
+
+
+def test_a_run_that_ends_inside_its_first_epoch_is_listed_and_says_what_its_loss_is(train) -> None:
+    """It has no mean of an epoch, so nothing to choose a best checkpoint by."""
+    run = train("trainer.max_steps=5", "trainer.max_epochs=-1")
+    row = hparams_of(run.folder)
+    assert row["Status"] == "finished"
+    assert row["model.d_model"] == 16
+    assert not any(name.startswith("Best") for name in row)
+    assert "train/loss_epoch" not in run.result["metrics"]
+    assert "best" not in run.result
+    assert {path.name for path in (run.folder / "checkpoints").iterdir()} == {"last.ckpt"}
+    assert run.result["unfinished_epoch"]["steps"] == 5
+    loss = run.result["unfinished_epoch"]["loss"]
+    assert f"final    training loss {loss:.4f} (mean over the last 5 steps of an unfinished epoch); " in run.output
+    assert "best     none is saved: train/loss_epoch was not logged; last.ckpt holds the last weights" in run.output
+    assert "could not find" not in run.output
+    assert "warning" not in run.output.lower()
 
 
 def test_hparams_lists_runs_that_failed_or_have_no_best(train, monkeypatch, tmp_path: Path) -> None:

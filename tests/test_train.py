@@ -42,7 +42,7 @@ def test_a_run_says_what_it_does_and_leaves_a_whole_folder(shared_run: Run) -> N
         "Epoch   0 | Loss: ",
         "Epoch   1 | Loss: ",
         "best     train/loss_epoch ",
-        "gradient norm largest ",
+        "gradient norm before clipping: largest ",
         "Shall I",
         "look     tensorboard --logdir ",
         "longer   python ",

@@ -7,9 +7,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 
 class BestCheckpoint(ModelCheckpoint):
-    """Lightning's ModelCheckpoint, which saves nothing until its metric was logged.
+    """Lightning's ModelCheckpoint, which saves nothing while its metric was not logged.
 
-    Lightning's own warns or fails then: at a validation before the end of the first epoch, for a metric of epochs.
+    Lightning's own warns or fails then: in a run that ends inside its first epoch, for a metric of epochs.
     """
 
     @property
