@@ -28,6 +28,7 @@ HIDDEN_WARNINGS = [
     "isinstance.treespec, LeafSpec",  # deprecated inside torch, called by lightning
     "Total length of `list` across ranks is zero",  # no validation split
     "You're resuming from a checkpoint that ended before the epoch ended",  # the sampler skips what is done
+    "callbacks used to create the checkpoint need to be provided",  # one may be switched off when a run resumes
     "The dirpath has changed from",  # a new run that starts from a checkpoint writes to its own folder
 ]
 

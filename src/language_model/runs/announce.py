@@ -135,11 +135,25 @@ def log_end(config: DictConfig, result: dict[str, Any]) -> None:
     if result.get("sample"):
         log.info(f"sample   {result.get('sample_description') or 'of the last weights'}:")
         log.info("\n" + result["sample"].strip("\n"))
+    if "undecayed" in result:
+        log_undecayed(config, result)
     log.info("")
     log.info(f"look     tensorboard --logdir {shlex.quote(display_path(folder.parent))}")
     limit = "max_steps" if config.trainer.max_steps > 0 else "max_epochs"
     if config.trainer[limit] > 0:
         log.info(f"longer   {resume_command(folder, f'trainer.{limit}={2 * config.trainer[limit]}')}")
+
+
+def log_undecayed(config: DictConfig, result: dict[str, Any]) -> None:
+    """Log that a run ended before its learning rate had fallen, and the command that lets it fall."""
+    steps, rate, total = result["steps"], result["undecayed"]["lr"], result["undecayed"]["total_steps"]
+    more = max(2, steps // 8)
+    overrides = [f"trainer.max_steps={steps + more}", f"total_steps={total}", f"cooldown_start={steps}"]
+    overrides += ["callbacks.early_stopping=null"] if "stopped_early" in result else []
+    overrides += ["trainer.max_time=null"] if config.trainer.max_time else []
+    log.info("")
+    log.info(f"rate     {rate:.1e} at the end, step {steps:,} of the schedule's {total:,}: it has not decayed")
+    log.info(f"         {more:,} more steps let it fall to 0: {resume_command(Path(config.folder), *overrides)}")
 
 
 def describe_final(result: dict[str, Any]) -> str:
@@ -172,7 +186,7 @@ def log_failure(run: Plan, error: Exception) -> None:
         if run.trainer.is_global_zero:
             write_json(file, facts)
         log.warning(f"the batch begins with {texts[0][:60]!r}; all of it is in {display_path(file)}")
-    else:
+    elif not isinstance(error, OSError):  # which is said at the end
         log.warning(f"{type(error).__name__}: {one_line(str(error))}")
     if (run.folder / "checkpoints" / "last.ckpt").exists():
         log.warning(f"once the cause is removed, resume with: {resume_command(run.folder)}")

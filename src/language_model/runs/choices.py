@@ -57,6 +57,12 @@ def choose_arithmetic(config: DictConfig) -> None:
 
 def build_trainer(config: DictConfig) -> tuple[dict[str, Callback], L.Trainer]:
     """Return the callbacks by name, and the trainer with them and the loggers."""
+    settings = config.trainer
+    if settings.check_val_every_n_epoch is None and isinstance(settings.val_check_interval, float):
+        raise ConfigError(
+            f"trainer.val_check_interval={settings.val_check_interval}: with trainer.check_val_every_n_epoch=null, a "
+            "whole number of batches is needed"
+        )
     callbacks = {name: callback for name, callback in build(config, "callbacks").items() if callback}
     trainer = build(
         config,
@@ -110,11 +116,6 @@ def check_validation_interval(config: DictConfig, data: TokenData, steps: int | 
     batches = limited(len(data.train_batch_sampler()), settings.limit_train_batches)
     interval, epochs = settings.val_check_interval, settings.check_val_every_n_epoch
     if epochs is None:
-        if isinstance(interval, float):
-            raise ConfigError(
-                f"trainer.val_check_interval={interval}: a whole number of batches is needed while "
-                "trainer.check_val_every_n_epoch=null"
-            )
         batches = None if steps is None else steps * settings.accumulate_grad_batches
     if batches is not None and (int(interval * batches) if isinstance(interval, float) else min(batches, interval)) < 1:
         raise ConfigError(f"trainer.val_check_interval={interval}: less than one of an epoch's {batches:,} batches")

@@ -145,6 +145,14 @@ class LanguageModel(L.LightningModule):
         culprit = next((i for i, loss in enumerate(losses) if not math.isfinite(loss)), -1)
         raise NonFiniteError(step.number, step.lr, float(step.loss), norm, step.batches[culprit][0])
 
+    def on_train_start(self) -> None:
+        """Set the first step's rate by the schedule: a checkpoint has that of the schedule with which it was saved."""
+        for config in self.trainer.lr_scheduler_configs:
+            scheduler: Any = config.scheduler
+            groups = scheduler.optimizer.param_groups
+            for group, base, rate in zip(groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
+                group["lr"] = base * rate(scheduler.last_epoch)
+
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Reset the epoch's mean loss at its first batch, and note the time, after all that callbacks do before."""
         if batch_idx == 0:
@@ -237,11 +245,13 @@ class LanguageModel(L.LightningModule):
         checkpoint["format"] = CHECKPOINT_FORMAT
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore what `on_save_checkpoint` added; the optimizer stays fused or not as it is set now."""
-        fused = self.make_optimizer(self.network.named_parameters()).defaults.get("fused")
-        for group in (group for state in checkpoint.get("optimizer_states", []) for group in state["param_groups"]):
-            if "fused" in group:
-                group["fused"] = fused
+        """Restore what `on_save_checkpoint` added; the optimizer's settings stay as they are set now."""
+        groups = self.make_optimizer(self.network.named_parameters()).param_groups
+        for state in checkpoint.get("optimizer_states", []):
+            for saved_group, group in zip(state["param_groups"], groups, strict=False):
+                saved_group.update({key: group[key] for key in group if key != "params"}, initial_lr=group["lr"])
+        for state in checkpoint.get("lr_schedulers", []):
+            state["base_lrs"] = [group["lr"] for group in groups]
         for name in LAST_FIGURES:
             setattr(self, name, checkpoint.get(name))  # not in those of earlier versions
         saved = checkpoint.get("epoch_loss", [])
