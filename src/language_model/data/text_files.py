@@ -155,7 +155,8 @@ def files_at(path: str | list[str], suffixes: tuple[str, ...] = SUFFIXES) -> lis
         inside = (Path(folder, name) for folder, _, names in os.walk(place, onerror=fail) for name in names)
         found = sorted(file for file in inside if ends_in(file, suffixes))
         if not found:
-            raise ValueError(f"{place}: it has no file that ends in {', '.join(suffixes)} (or these with .gz)")
+            compressed = " (or these with .gz)" if suffixes == SUFFIXES else ""
+            raise ValueError(f"{place}: it has no file that ends in {', '.join(suffixes)}{compressed}")
     elif not place.exists() and re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", path):
         raise ValueError(
             f"{path}: it is an address, not a file: download it, and give the file's path; "
