@@ -54,6 +54,15 @@ def test_the_last_lines_say_what_they_are_of(train, tmp_path: Path) -> None:
     assert "\nsample   prompt 'Shall', temperature 0.8, last weights (step 11):\n" in run.output
 
 
+def test_an_interval_across_epochs_may_be_longer_than_the_run(train) -> None:
+    """Which is validated at its end; within epochs, Lightning would refuse it later."""
+    longer = ["data.val_fraction=0.3", "trainer.val_check_interval=100"]
+    run = train(*longer, "trainer.check_val_every_n_epoch=null")
+    assert run.result["validated_step"] == run.result["steps"] == 16
+    with pytest.raises(SystemExit, match=r"trainer.val_check_interval=100: an epoch has 8 batches; allowed: 1 to 8, or"):
+        train(*longer, name="refused")
+
+
 def test_a_metric_of_epochs_that_was_never_logged_saves_nothing(train) -> None:
     """Though the run validates: Lightning's own would fail."""
     run = train("monitor=train/loss_epoch", "data.val_fraction=0.3", "trainer.max_steps=5")

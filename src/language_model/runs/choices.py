@@ -108,22 +108,24 @@ def choose_warmup(config: DictConfig, overrides: Sequence[str], before: dict[str
         config.schedule.warmup_steps = shorter
 
 
-def check_validation_interval(config: DictConfig, data: TokenData, steps: int | None) -> None:
-    """Raise ConfigError if a run that can validate would never do so, by the intervals that are set."""
+def check_validation_interval(config: DictConfig, data: TokenData) -> None:
+    """Raise ConfigError for an interval that is less than a batch, or, within epochs, longer than an epoch.
+
+    Across epochs it may be longer than the run, which validates after its last step in any case.
+    """
     settings = config.trainer
     if not data.has_validation or settings.limit_val_batches == 0:
         return
     batches = limited(len(data.train_batch_sampler()), settings.limit_train_batches)
     interval, epochs = settings.val_check_interval, settings.check_val_every_n_epoch
     if epochs is None:
-        batches = None if steps is None else steps * settings.accumulate_grad_batches
-    if batches is not None and (int(interval * batches) if isinstance(interval, float) else min(batches, interval)) < 1:
+        return
+    if isinstance(interval, float) and int(interval * batches) < 1:
         raise ConfigError(f"trainer.val_check_interval={interval}: less than one of an epoch's {batches:,} batches")
-    if isinstance(interval, int) and batches is not None and interval > batches:
-        what = "the run" if epochs is None else "an epoch"
+    if isinstance(interval, int) and interval > batches:
         raise ConfigError(
-            f"trainer.val_check_interval={interval}: {what} has {batches:,} batches, so it would never validate; "
-            f"allowed: 1 to {batches:,}"
+            f"trainer.val_check_interval={interval}: an epoch has {batches:,} batches; allowed: 1 to {batches:,}, "
+            "or more with trainer.check_val_every_n_epoch=null, which counts across epochs"
         )
 
 

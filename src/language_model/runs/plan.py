@@ -155,7 +155,7 @@ def build_parts(
     callbacks, trainer = build_trainer(config)
     data.trainer = trainer  # the order of the windows depends on its devices
     steps = choose_steps(config, data)
-    check_validation_interval(config, data, steps)
+    check_validation_interval(config, data)
     choose_warmup(config, overrides, before)
     choose_compile(config, network, steps)
     module = build_module(config, network, data, steps)

@@ -102,13 +102,15 @@ def early_stopping(folder: Path, runs: Sequence[Path]) -> None:
             (f"Completed all {max_epochs} epochs without early stopping.", "the loss stops improving before then")
         )
     restored = " (weights restored)" if result.get("restored_best") else ""
-    lines.append((f"Best loss: {best:.4f}, of epoch {losses.index(best)}{restored}", "the best weights are restored"))
+    of = f"{best:.4f}, of epoch {losses.index(best)}{restored}" if losses else "none, no epoch was finished"
+    lines.append((f"Best loss: {of}", "the best weights are restored"))
     write_table(folder, "Exercise 4: early stopping", lines)
     with figure(folder / "exercise.png", width=8) as (axis,):
         axis.plot(range(len(losses)), losses)
-        axis.plot(losses.index(best), best, "o", color="C3", label=f"best: {best:.4f}, epoch {losses.index(best)}")
+        if losses:
+            axis.plot(losses.index(best), best, "o", color="C3", label=f"best: {best:.4f}, epoch {losses.index(best)}")
+            axis.legend(frameon=False)
         axis.set(xlabel="epoch", ylabel=monitor)
-        axis.legend(frameon=False)
 
 
 def sorted_by(key: str, runs: Sequence[Path], reverse: bool = False) -> list[Path]:
