@@ -1,7 +1,8 @@
 """Kill real runs at random moments, resume them, and compare what they come to with runs that were left alone.
 
-`python tests/kills.py 100` does so a hundred times. One process imports the stack and forks for each run, so that a
-kill takes a second or two; the runs are `scripts/train.py`, whole.
+`python tests/kills.py 100` does so a hundred times; `--end` kills at each place after the training instead. One
+process imports the stack and forks for each run, so that a kill takes a second or two; the runs are `scripts/train.py`,
+whole.
 """
 
 import argparse
@@ -15,13 +16,16 @@ import shutil
 import signal
 import sys
 import tempfile
+import traceback
 from pathlib import Path
 from typing import Any
 
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from language_model.runs import announce, fit
 from language_model.training import module
+from language_model.training.callbacks import Sample
 
 for name in ("runs.fit", "runs.announce", "training.checkpoint", "training.callbacks", "sweeps.pruning"):
     importlib.import_module(f"language_model.{name}")  # once, before the forks
@@ -47,6 +51,14 @@ RECIPES = {
 PLACES = [
     "training_step", "validation_step", "configure_gradient_clipping", "on_train_batch_end", "write", "fsync", "moved",
 ]  # fmt: skip
+# After the last save: what is left is the last sample, the row in HPARAMS and result.json. True: when that is done.
+END_PLACES: dict[str, tuple[Any, str, bool]] = {
+    "before the last sample": (Sample, "on_fit_end", False),
+    "after the last sample": (Sample, "on_fit_end", True),
+    "before HPARAMS": (announce, "log_hyperparameters", False),
+    "after HPARAMS": (announce, "log_hyperparameters", True),
+    "after result.json": (fit, "write_result", True),
+}
 
 
 # What a run's state has of these; and current_score, which lightning's ModelCheckpoint saves and never restores.
@@ -74,6 +86,8 @@ def train(folder: Path, overrides: list[str], kill: tuple[str, int, int] | None 
             if isinstance(stopped.code, str):
                 print(stopped.code)
             status = stopped.code if isinstance(stopped.code, int) else 1
+        except BaseException:
+            traceback.print_exc()
         finally:
             sys.stdout.flush()
             os._exit(status)
@@ -105,6 +119,13 @@ def arm(place: str, count: int, signum: int) -> None:
     elif place == "moved":
         replace = Path.replace
         Path.replace = lambda self, target: (replace(self, target), come())[0]
+    elif place in END_PLACES:
+        owner, name, done = END_PLACES[place]
+        function = getattr(owner, name)
+        if done:
+            setattr(owner, name, lambda *a, **k: (function(*a, **k), come())[0])
+        else:
+            setattr(owner, name, lambda *a, **k: (come(), function(*a, **k))[1])
     else:
         method = getattr(module.LanguageModel, place)
         setattr(module.LanguageModel, place, lambda self, *a, **k: (come(), method(self, *a, **k))[1])
@@ -129,7 +150,11 @@ def outcome(folder: Path) -> dict[str, Any]:
     kept = ("status", "metrics", "steps", "epochs", "best", "grad_norm_max", "clipped_share", "sample", "tokens")
     said = {key: result.get(key) for key in kept}
     said["metrics"].pop("train/tokens_per_sec", None)
-    return {"last": last, "best": best["state_dict"], "rows": rows, "scalars": scalars, "result": said}
+    texts = {tag: [event.step for event in events.Tensors(tag)] for tag in events.Tags()["tensors"]}
+    start = b"_hparams_/session_start_info"
+    hparams = sum(file.read_bytes().count(start) for file in folder.glob("events.*"))
+    logged = {"rows": rows, "scalars": scalars, "texts": texts, "hparams": hparams}
+    return {"last": last, "best": best["state_dict"], "result": said, **logged}
 
 
 def differences(a: Any, b: Any, path: str = "") -> list[str]:
@@ -143,23 +168,15 @@ def differences(a: Any, b: Any, path: str = "") -> list[str]:
     return [] if type(a) is type(b) and (a == b or a != a) else [f"{path}: {str(a)[:60]} and {str(b)[:60]}"]
 
 
-def main(count: int, seed: int, folder: Path) -> int:
-    """Kill and resume so many runs; return how many came to something else."""
+Kill = tuple[str, int, int]  # place, count, signal
+
+
+def random_kills(count: int, seed: int) -> list[tuple[str, list[Kill]]]:
+    """Return recipes, each with the one or two kills that a run of it gets."""
     generator = random.Random(seed)
-    text = folder / "text.txt"
-    text.write_text("".join(chr(97 + (i * i * 7 + i // 13) % 26) for i in range(6_000)))
-    data = [f"data.path={text}", f"data.cache={folder / 'cache'}"]
-    whole = {}
-    for name, overrides in RECIPES.items():
-        place = folder / name.replace(" ", "_")
-        assert train(place, [*data, *overrides]) == 0, place.with_suffix(".log").read_text()
-        whole[name] = outcome(place)
-    other = 0
+    chosen = []
     for i in range(count):
         name = generator.choice(list(RECIPES))
-        run = folder / "killed"
-        shutil.rmtree(run, ignore_errors=True)
-        run.with_suffix(".log").unlink(missing_ok=True)
         kills = [] if i else [("fsync", 1, signal.SIGKILL)]  # once for sure: metrics are on disk, no checkpoint is
         for _ in range(generator.choice([1, 1, 2])):
             place = generator.choice(PLACES)
@@ -168,20 +185,48 @@ def main(count: int, seed: int, folder: Path) -> int:
             if place.endswith("step") and generator.random() < 0.3:
                 signum = generator.choice([signal.SIGTERM, signal.SIGINT])
             kills.append((place, generator.randint(1, most), signum))
+        chosen.append((name, kills))
+    return chosen
+
+
+def kills_at_the_end() -> list[tuple[str, list[Kill]]]:
+    """Return every recipe with every place after its training."""
+    return [(name, [(place, 1, signal.SIGKILL)]) for name in RECIPES for place in END_PLACES]
+
+
+def main(chosen: list[tuple[str, list[Kill]]], folder: Path) -> int:
+    """Kill and resume runs; return how many came to something else."""
+    text = folder / "text.txt"
+    text.write_text("".join(chr(97 + (i * i * 7 + i // 13) % 26) for i in range(6_000)))
+    data = [f"data.path={text}", f"data.cache={folder / 'cache'}"]
+    whole = {}
+    for name in dict.fromkeys(name for name, _ in chosen):
+        place, overrides = folder / name.replace(" ", "_"), RECIPES[name]
+        assert train(place, [*data, *overrides]) == 0, place.with_suffix(".log").read_text()
+        whole[name] = outcome(place)
+    other = 0
+    for i, (name, kills) in enumerate(chosen):
+        run = folder / "killed"
+        shutil.rmtree(run, ignore_errors=True)
+        run.with_suffix(".log").unlink(missing_ok=True)
         statuses = [train(run, [*data, *RECIPES[name]], kill) for kill in kills]
         statuses.append(train(run, [*data, *RECIPES[name]]))
+        assert all(status in (-9, 0, 130, 143) for status in statuses), run.with_suffix(".log").read_text()
         found = differences(whole[name], outcome(run)) if statuses[-1] == 0 else [run.with_suffix(".log").read_text()]
         other += bool(found)
         how = ", ".join(f"{signum.name} at {place} {n}" for place, n, signum in kills)
         print(f"{i + 1:3} {name}: {how}: {found[:4] if found else 'identical'} {statuses}", flush=True)
+    count = len(chosen)
     print(f"{count - other} of {count} killed and resumed runs came to the same bits as the runs left alone")
     return other
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("count", type=int)
+    parser.add_argument("count", type=int, nargs="?", default=0)
+    parser.add_argument("--end", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
-        sys.exit(main(arguments.count, arguments.seed, Path(temporary)) > 0)
+        chosen = kills_at_the_end() if arguments.end else random_kills(arguments.count, arguments.seed)
+        sys.exit(main(chosen, Path(temporary)) > 0)

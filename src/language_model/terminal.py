@@ -70,7 +70,7 @@ def setup_logging() -> None:
     log.setLevel(logging.INFO)
     log.propagate = False
     level = logging.WARNING if JOB_LABEL in os.environ else logging.INFO
-    log.handlers = [TerminalHandler(level)] if rank_zero_only.rank == 0 else []
+    log.handlers = [TerminalHandler(level) if rank_zero_only.rank == 0 else logging.NullHandler()]
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in HIDDEN_WARNINGS:

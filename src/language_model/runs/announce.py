@@ -113,7 +113,9 @@ def log_end(config: DictConfig, result: dict[str, Any]) -> None:
     metrics, folder = result["metrics"], Path(config.folder)
     log.info("")
     if "stopped_early" in result:
-        log.info(f"stopped  after epoch {result['epochs'] - 1}: {result['stopped_early']}")
+        inside = result.get("unfinished_epoch")
+        when = f"in epoch {result['epochs']}" if inside else f"after epoch {result['epochs'] - 1}"
+        log.info(f"stopped  {when}: {result['stopped_early']}")
     if "best" in result:
         saved = display_path(Path(result["best_checkpoint"]))
         log.info(f"best     {result['monitor']} {result['best']:.4f}, saved in {saved}")
@@ -139,9 +141,11 @@ def log_end(config: DictConfig, result: dict[str, Any]) -> None:
         log_undecayed(config, result)
     log.info("")
     log.info(f"look     tensorboard --logdir {shlex.quote(display_path(folder.parent))}")
-    limit = "max_steps" if config.trainer.max_steps > 0 else "max_epochs"
-    if config.trainer[limit] > 0:
-        log.info(f"longer   {resume_command(folder, f'trainer.{limit}={2 * config.trainer[limit]}')}")
+    reached = {"max_steps": result["steps"], "max_epochs": result["epochs"]}
+    ended = [limit for limit, number in reached.items() if 0 < config.trainer[limit] <= number]
+    if ended:
+        twice = [f"trainer.{limit}={2 * config.trainer[limit]}" for limit in ended]
+        log.info(f"longer   {resume_command(folder, *twice)}")
 
 
 def log_undecayed(config: DictConfig, result: dict[str, Any]) -> None:

@@ -6,7 +6,7 @@ import sys
 import time
 from typing import Any
 
-from language_model.files import display_path, write_json
+from language_model.files import display_path, write_json, write_problem
 from language_model.runs import announce
 from language_model.runs.config import ConfigError, errors_for_key
 from language_model.runs.folder import lock_folder, package_versions, run_folder
@@ -71,7 +71,8 @@ def train(run: Plan) -> dict[str, Any]:
         result["error"] = f"{type(error).__name__}: {error}"
         announce.log_failure(run, error)
         if isinstance(error, NonFiniteError | OSError | CheckpointError):  # no mistake in the code: no traceback
-            raise ConfigError(str(error)) from error
+            message = write_problem(error, run.folder) if isinstance(error, OSError) else str(error)
+            raise ConfigError(message) from error
         raise
     finally:
         result["seconds"] = time.perf_counter() - started
@@ -84,16 +85,17 @@ def train(run: Plan) -> dict[str, Any]:
 def write_result(run: Plan, result: dict[str, Any]) -> None:
     """Add the run to TensorBoard's HPARAMS, and only then write ``result.json``, so that no finished run lacks either.
 
-    ConfigError if a file could not be written; a warning, if it is another error that ended the run.
+    ConfigError if a file could not be written, unless the run was interrupted or failed: that is said instead.
     """
     try:
         announce.log_hyperparameters(run, result)
         write_json(run.folder / "result.json", result)
     except OSError as error:
+        problem = write_problem(error, run.folder)
         if result["status"] in COMPLETED:
-            raise ConfigError(f"folder: {error}; the same command writes what is missing") from error
-        if not isinstance(sys.exception(), OSError | ConfigError):
-            log.warning(str(error))
+            raise ConfigError(f"folder: {problem}; the same command writes what is missing") from error
+        if result["status"] == "interrupted":
+            log.warning(problem)
 
 
 def run_trainer(run: Plan) -> str:
@@ -110,6 +112,12 @@ def run_trainer(run: Plan) -> str:
     return "pruned" if pruning is not None and pruning.pruned else "finished"
 
 
+def undecayed(run: Plan) -> int | None:
+    """Return the steps of the schedule if the run ended before them, at a rate that was still to fall; else None."""
+    total, done, rate = run.config.total_steps, run.trainer.global_step, run.module.schedule
+    return total if total is not None and done < total and rate(done) > 1.05 * rate(total) else None
+
+
 def collect_result(run: Plan) -> dict[str, Any]:
     """Return what a run has reached: metrics, steps, speed, gradient norms, the best checkpoint, the last sample."""
     trainer = run.trainer
@@ -122,6 +130,8 @@ def collect_result(run: Plan) -> dict[str, Any]:
         "steps": trainer.global_step,
         "epochs": trainer.current_epoch,
     }
+    if total := undecayed(run):
+        result["undecayed"] = {"lr": run.module.schedule(trainer.global_step), "total_steps": total}
     if run.module.validated_step is not None:
         result |= {"validated_step": run.module.validated_step, "validated_share": run.module.validated_share}
     if run.module.unfinished_epoch is not None:

@@ -51,6 +51,9 @@ def load_run(
     folder = best_run() if str(run) == "best" else find_run("run", str(run))
     config = read_config(folder)
     check_offered(as_dict(config), display_path(folder / "config.yaml"))
+    for key in ("model", "data", "trainer"):
+        if not isinstance(config.get(key), DictConfig):
+            raise ConfigError(f"{display_path(folder / 'config.yaml')} is damaged, or not a run's config: no {key}")
     file = find_checkpoint(folder, checkpoint)
     with errors_for_key("checkpoint"):
         content = load_checkpoint(file, device="cpu")

@@ -149,6 +149,11 @@ class LastCheckpoint(Checkpoint):
         """Save the final state."""
         self._random_state = None
         self._is_trained = True
+        progress, done = trainer.fit_loop.epoch_progress, trainer.fit_loop.epoch_loop.batch_progress.current.processed
+        if 0 < done < trainer.num_training_batches:  # a run that goes on takes the rest of this epoch
+            for counted in (progress.total, progress.current):
+                counted.processed -= 1
+                counted.completed -= 1
         if not trainer.fast_dev_run:
             self.save(trainer)
 

@@ -3,6 +3,7 @@
 import csv
 import io
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ class EventLogger(TensorBoardLogger):
 
     def __init__(self, save_dir: str) -> None:
         super().__init__(save_dir, name="", version="", default_hp_metric=False)
+        threading.excepthook = print_traceback
 
     def log_metrics(self, metrics: Any, step: int | None = None) -> None:
         """Add metrics; those in `WATCHED` as ``watch/<name>``, the number of the epoch not at all."""
@@ -46,6 +48,12 @@ class EventLogger(TensorBoardLogger):
     def save(self) -> None:
         """Write what is still in memory."""
         self.experiment.flush()
+
+
+def print_traceback(failed: threading.ExceptHookArgs) -> None:
+    """Do as Python does, but for TensorBoard's thread: what it failed to write, it says to the main thread."""
+    if type(failed.thread).__name__ != "_AsyncWriterThread":
+        threading.__excepthook__(failed)
 
 
 class TableLogger(Logger):
