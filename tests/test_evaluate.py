@@ -115,6 +115,12 @@ def test_evaluation_on_another_text_by_hand(trained: Run, evaluate: Evaluate, tm
     assert figures["loss"] == pytest.approx(loss, rel=1e-6)
 
 
+def test_the_token_that_ends_a_document_counts_as_in_training(tmp_path: Path, corpora: str, evaluate: Evaluate) -> None:
+    trained = train_in_float32(tmp_path, corpora, "data.end_of_text=true")
+    figures, _ = evaluate(trained.folder, f"data.path={tmp_path / 'text.txt'}")
+    assert figures["tokens"] == len(TEXT.encode())  # all of them but the first, and the end
+
+
 def test_a_run_without_validation_is_measured_on_its_training_text(shared_run: Run, evaluate: Evaluate) -> None:
     figures, said = evaluate(shared_run.folder)
     assert "on sonnets.txt, the training text: the run has no validation split" in said
