@@ -25,10 +25,11 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from language_model.files import display_path, write_json
 from language_model.runs.command_line import quote_override
 from language_model.runs.config import ConfigError, build, check_config, errors_for_key
-from language_model.runs.folder import read_facts, read_job, read_result, read_settings, safe_folder_name, update_job
-from language_model.runs.moved_names import with_current_names
+from language_model.runs.folder import read_settings, safe_folder_name, update_job
+from language_model.runs.plan import rehearse
 from language_model.runs.resume import COMPLETED, can_change_on_resume, check_same_settings, is_finished
 from language_model.sweeps import summary
+from language_model.sweeps.records import read_job, read_result, read_sweep
 from language_model.sweeps.summary import format_duration
 from language_model.terminal import log, setup_logging
 
@@ -74,8 +75,9 @@ class Sweep:
         overrides = {override.get_key_element(): override for override in parsed}
         for key in {"folder", "resume"} & overrides.keys():
             raise ConfigError(f"{key}: not for a sweep; the same command resumes it, and each job has its own folder")
-        if "name" in overrides and overrides["name"].is_sweep_override():
-            raise ConfigError(f"{overrides['name'].input_line}: a sweep has one name")
+        for key in {"name", "monitor", "monitor_mode"} & overrides.keys():
+            if overrides[key].is_sweep_override():
+                raise ConfigError(f"{overrides[key].input_line}: a sweep has one {key}")
         return list(overrides.values())
 
     def check_same(self, asked: Values) -> Values:
@@ -84,7 +86,7 @@ class Sweep:
             return asked
         if not (self.folder / "sweep.json").is_file():
             raise ConfigError(f"name: {display_path(self.folder)} exists and is not a sweep; choose another name")
-        before: Values = with_current_names(read_facts(self.folder / "sweep.json"))["asked"]
+        before: Values = read_sweep(self.folder)["asked"]
         for key in dict.fromkeys((*before, *asked)):
             then, now = before.get(key, []), asked.get(key, [])
             same = then and now and (len(then) > 1 or then[0] in now)
@@ -122,6 +124,13 @@ class Sweep:
         config = self.config_loader.load_sweep_config(self.config, job.launch_overrides)
         check_config(without_hydra(config))
         return config
+
+    def rehearse(self, job: Job) -> None:
+        """Raise ConfigError, naming the job, if it could not start: before the first job of the sweep does."""
+        try:
+            rehearse(without_hydra(self.compose(job)), job.overrides)
+        except ConfigError as error:
+            raise ConfigError(f"{error} (in the job {job.folder.name})") from error
 
     def create_folder(self, asked: Values, num_jobs: int, **facts: Any) -> None:
         """Create the sweep's folder with ``sweep.json``; `num_jobs` jobs will be launched."""
