@@ -78,7 +78,7 @@ def test_metrics_files_are_cut_to_what_they_were(tmp_path: Path, earlier_version
     trainer = loggers(killed)
     log(trainer, 0, 5)
     (killed / "config.yaml").write_text("seed: 0")
-    length = log_file_lengths(trainer)
+    length = log_file_lengths(trainer, killed)
     assert length["metrics.csv"] == 5
     assert len(length) == 2
     log(trainer, 5, 8, accuracy=0.5)

@@ -2,17 +2,23 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import TINY
+from filelock import FileLock
 from omegaconf import OmegaConf
 
 from language_model.files import ROOT
-from language_model.model.gpt import Dropout
+from language_model.model.dropout import Dropout
+from language_model.runs import announce, fit
 from language_model.runs.folder import read_config, read_result, read_settings
 from language_model.runs.moved_names import MODULES, MOVED, with_current_names
 from language_model.runs.resume import can_change_on_resume
+from language_model.training.callbacks import Sample
 
 # A run of commit 0a1ae00 (before the package had folders), killed in its last epoch. Where it was written stands as
 # PROJECT, FOLDER and CACHE in its config.
@@ -122,3 +128,197 @@ def test_the_uniform_baseline_of_an_earlier_version_is_found(tmp_path: Path) -> 
 )
 def test_how_a_run_is_watched_may_change_and_what_it_computes_not(key: str, can_change: bool) -> None:
     assert can_change_on_resume(key) == can_change
+
+
+def kill(*_: object, **__: object) -> None:
+    raise Killed
+
+
+class Killed(BaseException):
+    """Ends a run where it is raised, without anything that would be done for an error."""
+
+
+def hparams_entries(folder: Path) -> int:
+    return sum(file.read_bytes().count(b"_hparams_/session_start_info") for file in folder.glob("events.*"))
+
+
+def files_of_training(folder: Path) -> dict[str, bytes]:
+    files = [folder / "metrics.csv", *(folder / "checkpoints").iterdir()]
+    return {file.name: file.read_bytes() for file in files}
+
+
+EARLY = ["trainer.max_epochs=20", "callbacks.early_stopping.patience=2", "callbacks.early_stopping.min_delta=100"]
+INSIDE_AN_EPOCH = ["trainer.max_epochs=-1", "trainer.max_steps=11"]
+
+
+@pytest.mark.parametrize("ends_by", [[], EARLY, INSIDE_AN_EPOCH], ids=["epochs", "early", "steps"])
+@pytest.mark.parametrize("by_resume", [False, True])
+def test_a_trained_run_that_failed_in_its_last_sample_is_concluded(
+    train, monkeypatch: pytest.MonkeyPatch, ends_by: list[str], by_resume: bool
+) -> None:
+    whole = train(*ends_by, name="whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(Sample, "generate_sample", kill)
+        with pytest.raises(Killed):
+            train(*ends_by)
+    folder = whole.folder.parent / "run"
+    trained = files_of_training(folder)
+    again = [f"resume={folder}"] if by_resume else ends_by
+    run = train(*again, tiny=not by_resume)
+    assert "it is trained: what comes after the training is left" in run.output
+    assert files_of_training(folder) == trained
+    assert hparams_entries(folder) == hparams_entries(whole.folder) == 1
+    different = ("seconds", "tokens_per_sec", "mfu", "best_checkpoint")
+    ours, theirs = ({k: v for k, v in each.result.items() if k not in different} for each in (run, whole))
+    for result in (ours, theirs):
+        result["metrics"].pop("train/tokens_per_sec")
+    assert ours == theirs
+    assert run.result["seconds"] > 0.05  # those of the training too
+
+
+@pytest.mark.parametrize("place", ["log_hyperparameters", "write_json"])
+def test_a_run_killed_while_it_writes_its_result_gets_it_once(
+    train, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(announce if place == "log_hyperparameters" else fit, place, kill)
+        with pytest.raises(Killed):
+            train()
+    run = train()
+    assert run.result["status"] == "finished"
+    assert hparams_entries(run.folder) == 1
+    assert "nothing is left to train" in train().output
+    assert hparams_entries(run.folder) == 1
+
+
+def test_an_older_run_whose_result_is_lost_gets_it(train) -> None:
+    """Its checkpoint does not say that it is trained, but has all the steps."""
+    first = train()
+    file = first.folder / "checkpoints" / "last.ckpt"
+    content = torch.load(file, weights_only=True)
+    del content["limits"], content["seconds"]
+    torch.save(content, file)
+    (first.folder / "result.json").unlink()
+    trained = files_of_training(first.folder)
+    again = train()
+    assert files_of_training(first.folder) == trained
+    assert {**again.result, "seconds": 0} == {**first.result, "seconds": 0}
+
+
+def test_the_result_of_a_shorter_run_is_not_that_of_the_longer(train, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kill after the longer run has written its settings, and before its first step."""
+    train()
+    longer = ["trainer.max_epochs=3", "total_steps=24"]
+    train("total_steps=24")
+    with monkeypatch.context() as patch:
+        patch.setattr(fit, "train", kill)
+        with pytest.raises(Killed):
+            train(*longer)
+    assert len(train(*longer).losses) == 3
+
+
+def test_a_run_goes_on_inside_the_epoch_in_which_its_steps_ended(train) -> None:
+    same = ["trainer.max_epochs=-1", "total_steps=32", "model.dropout=0.3"]
+    whole = train(*same, "trainer.max_steps=20", name="whole")
+    train(*same, "trainer.max_steps=12")
+    longer = train(*same, "trainer.max_steps=20")
+    assert longer.column("train/loss") == whole.column("train/loss")
+    assert longer.losses == whole.losses
+    assert longer.result["epochs"] == whole.result["epochs"] == 2
+
+
+def test_a_callback_or_a_logger_may_come_and_go(train, tmp_path: Path) -> None:
+    added = [
+        "+callbacks.lr={_target_: lightning.pytorch.callbacks.LearningRateMonitor}",
+        f"+logger.more={{_target_: language_model.training.log_files.TableLogger, save_dir: {tmp_path / 'more'}}}",
+    ]
+    same = ["total_steps=40", "model.dropout=0.3"]
+    whole = train(*same, "trainer.max_epochs=5", name="whole")
+    train(*same)
+    train(*same, *added, "trainer.max_epochs=3")
+    train(*same, "trainer.max_epochs=4")
+    without = train(*same, "callbacks.early_stopping=null", "callbacks.every=null", "trainer.max_epochs=5")
+    assert without.losses == whole.losses
+    assert (tmp_path / "more" / "metrics.csv").exists()
+    with pytest.raises(SystemExit, match=r"early_stopping.patience=1000 then, 3 now"):
+        train(*same, "callbacks.early_stopping.patience=3", "trainer.max_epochs=6", name="whole")
+
+
+def test_a_run_that_stopped_early_goes_on_without_early_stopping(train) -> None:
+    stopped = train(*EARLY, "total_steps=160")
+    assert stopped.result["epochs"] == 3
+    longer = train("trainer.max_epochs=5", "total_steps=160", "callbacks.early_stopping=null")
+    assert longer.result["epochs"] == 5
+    assert "stopped_early" not in longer.result
+    assert "restored_best" not in longer.result
+
+
+def start(code: str, *overrides: str) -> subprocess.Popen[str]:
+    """Start a process with these overrides as sys.argv, which can be told to go on by a line on its standard input."""
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *overrides],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT,
+    )  # fmt: skip
+
+
+def wait_for(process: subprocess.Popen[str], line: str) -> None:
+    assert process.stdout is not None
+    said = []
+    for said_now in process.stdout:
+        said.append(said_now)
+        if line in said_now:
+            return
+    pytest.fail("".join(said))
+
+
+PLAN_THEN_FIT = """
+import sys
+from language_model import fit, plan
+from language_model.runs.config import ConfigError
+run = plan(*sys.argv[1:])
+print("planned", flush=True)
+input()
+try:
+    print("status", fit(run)["status"])
+except ConfigError as error:
+    print("refused", error)
+"""
+
+
+@pytest.mark.parametrize(
+    ("other", "says"),
+    [([], "nothing is left to train\nstatus finished"), (["model.d_ff=8"], "trained with other settings: model.d_ff=")],
+)
+def test_a_folder_is_looked_at_again_behind_its_lock(train, corpora: str, other: list[str], says: str) -> None:
+    """Another process has planned a run of the same new name; this one trains it first, and holds the lock."""
+    folder = Path(corpora.partition("=")[2]).parent / f"race{len(other)}"
+    second = start(PLAN_THEN_FIT, *TINY, corpora, f"folder={folder}", *other)
+    wait_for(second, "planned")
+    train(f"folder={folder}", name=None)
+    before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    lock = FileLock(folder / ".lock", is_singleton=True)  # the one that this process took
+    assert second.stdin is not None
+    second.stdin.write("\n")
+    second.stdin.flush()
+    wait_for(second, "waiting  for the process that is training")
+    lock.release(force=True)
+    said, _ = second.communicate(timeout=120)
+    assert says in said
+    assert {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()} == before
+
+
+def test_a_run_killed_before_it_wrote_its_settings_starts_again(train, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".lock").touch()
+    assert train().result["status"] == "finished"
+
+
+def test_another_number_of_processes_says_what_a_step_takes(train) -> None:
+    first = train("total_steps=24")
+    file = first.folder / "checkpoints" / "last.ckpt"
+    content = torch.load(file, weights_only=True)
+    content["random_state"] *= 2
+    torch.save(content, file)
+    said = train("total_steps=24", "trainer.max_epochs=3").output
+    assert "saved by 2 processes and this run has 1: from here on a step takes 512 tokens instead of 1,024" in said
+    assert "to keep them: trainer.devices=2" in said

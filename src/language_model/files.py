@@ -21,17 +21,19 @@ def write_errors(file: Path, what_is_left: str = "") -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        named = OSError(f"{write_problem(error, file)}{what_is_left}")
+        named = OSError(f"{file} could not be written: {reason(error)}{what_is_left}")
         named.errno = error.errno
         raise named from error
 
 
-def write_problem(error: OSError, file: Path) -> str:
-    """Return one line for an error of writing: the error's own file or else `file`, and what is wrong, in words."""
-    if error.strerror is None:
-        return str(error)  # it is such a line
-    reason = "the disk is full" if error.errno == errno.ENOSPC else error.strerror.lower()
-    return f"{error.filename or file} could not be written: {reason}"
+def reason(error: OSError) -> str:
+    """Return what is wrong, in words."""
+    return "the disk is full" if error.errno == errno.ENOSPC else (error.strerror or str(error)).lower()
+
+
+def describe_os_error(error: OSError, folder: Path) -> str:
+    """Return one line that names the error's file, or if it does not say which, the `folder`."""
+    return str(error) if error.strerror is None else f"{error.filename or folder}: {reason(error)}"
 
 
 def write_text(file: Path, content: str) -> None:

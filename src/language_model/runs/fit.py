@@ -6,7 +6,7 @@ import sys
 import time
 from typing import Any
 
-from language_model.files import display_path, write_json, write_problem
+from language_model.files import describe_os_error, display_path, write_json
 from language_model.runs import announce
 from language_model.runs.config import ConfigError, errors_for_key
 from language_model.runs.folder import lock_folder, package_versions, run_folder
@@ -71,7 +71,7 @@ def train(run: Plan) -> dict[str, Any]:
         result["error"] = f"{type(error).__name__}: {error}"
         announce.log_failure(run, error)
         if isinstance(error, NonFiniteError | OSError | CheckpointError):  # no mistake in the code: no traceback
-            message = write_problem(error, run.folder) if isinstance(error, OSError) else str(error)
+            message = describe_os_error(error, run.folder) if isinstance(error, OSError) else str(error)
             raise ConfigError(message) from error
         raise
     finally:
@@ -91,7 +91,7 @@ def write_result(run: Plan, result: dict[str, Any]) -> None:
         announce.log_hyperparameters(run, result)
         write_json(run.folder / "result.json", result)
     except OSError as error:
-        problem = write_problem(error, run.folder)
+        problem = describe_os_error(error, run.folder)
         if result["status"] in COMPLETED:
             raise ConfigError(f"folder: {problem}; the same command writes what is missing") from error
         if result["status"] == "interrupted":

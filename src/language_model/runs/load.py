@@ -55,12 +55,7 @@ def load_run(
         if not isinstance(config.get(key), DictConfig):
             raise ConfigError(f"{display_path(folder / 'config.yaml')} is damaged, or not a run's config: no {key}")
     file = find_checkpoint(folder, checkpoint)
-    with errors_for_key("checkpoint"):
-        content = load_checkpoint(file, device="cpu")
-    if content.get("format", 1) > CHECKPOINT_FORMAT:
-        raise ConfigError(
-            f"{display_path(file)} has format {content['format']}: this version reads up to {CHECKPOINT_FORMAT}"
-        )
+    content = load_checkpoint(file, "cpu", key="checkpoint")
     if config.model.get("attention") and not as_trained:  # it was chosen for the machine that trained the run
         config.model.attention = best_attention(torch.device(device).type, config.trainer.get("precision"), 0.0)
     network = build(config, "model")
@@ -89,18 +84,26 @@ def find_checkpoint(folder: Path, checkpoint: str) -> Path:
     raise ConfigError(f"checkpoint={checkpoint}: {display_path(file)} does not exist; available: {available}")
 
 
-def load_checkpoint(checkpoint: Path, device: str = "meta") -> dict[str, Any]:
+def load_checkpoint(checkpoint: Path, device: str = "meta", key: str | None = None) -> dict[str, Any]:
     """Return what a checkpoint of a run holds, tensors on `device` (``meta``: shapes without values).
 
-    ConfigError if the file does not exist, is damaged, is no checkpoint of a run, or could run code when loaded.
+    ConfigError (naming `key`) if the file does not exist, is damaged, is no checkpoint of a run, or could run code when
+    loaded.
     """
+    named = f"{key}: " if key else ""
     try:
         content = read_checkpoint(checkpoint, device)
     except (OSError, ValueError) as error:
-        raise ConfigError(str(error)) from error
+        raise ConfigError(f"{named}{error}") from error
     kinds = {"global_step": int, "state_dict": dict, "loops": dict}
-    if not isinstance(content, dict) or not all(isinstance(content.get(key), kind) for key, kind in kinds.items()):
-        raise ConfigError(f"{display_path(checkpoint)} is not a checkpoint of a run")
+    if not isinstance(content, dict) or not all(isinstance(content.get(name), kind) for name, kind in kinds.items()):
+        raise ConfigError(f"{named}{display_path(checkpoint)} is not a checkpoint of a run")
+    content.setdefault("format", 1)
+    if not isinstance(content["format"], int) or content["format"] > CHECKPOINT_FORMAT:
+        raise ConfigError(
+            f"{named}{display_path(checkpoint)} has format {content['format']}: this version reads up to "
+            f"{CHECKPOINT_FORMAT}"
+        )
     return content
 
 

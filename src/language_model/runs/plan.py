@@ -170,7 +170,7 @@ def check_resume(run: Plan) -> None:
     if run.previous is not None:
         check_same_settings(run.folder, run.previous.settings, run.config)
     if run.checkpoint is not None and not run.is_finished:
-        content = run.previous.content if run.previous else load_checkpoint(run.checkpoint)
+        content = run.previous.content if run.previous else load_checkpoint(run.checkpoint, key="resume")
         done = check_checkpoint_fits(run.checkpoint, content, run.module, run.steps, is_own=run.previous is not None)
         if run.previous is not None:
             warn_of_stretched_schedule(run, done, run.previous.settings.get("total_steps"))

@@ -38,6 +38,18 @@ class Pruning(Checkpoint):
             study = open_study(self.folder.parent, self.mode)
             self._trial = Trial(study, study.trials[number]._trial_id)
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return whether the trial was pruned, for a run that was killed after that."""
+        return {"pruned": self.pruned}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore it."""
+        self.pruned = state_dict["pruned"]
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Forget that a trial which now goes on was pruned before."""
+        self.pruned = False
+
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Report the metric, if it is logged at the end of an epoch."""
         if not self.monitor.startswith("val/") and pl_module.epoch_is_complete:

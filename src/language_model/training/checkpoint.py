@@ -172,7 +172,7 @@ class LastCheckpoint(Checkpoint):
         checkpoint["random_state"] = states
         checkpoint["limits"] = self.limits if self._is_trained else None
         checkpoint["seconds"] = time.perf_counter() - self.started
-        checkpoint["logs"] = log_file_lengths(trainer) if trainer.is_global_zero else {}
+        checkpoint["logs"] = log_file_lengths(trainer, self.dirpath.parent) if trainer.is_global_zero else {}
         checkpoint["metrics"] = {name: value.detach().cpu() for name, value in trainer.callback_metrics.items()}
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ import csv
 import io
 import os
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,7 @@ class TableLogger(Logger):
         if columns == before:
             append(self.file, table(columns, self._rows, header=False))
         else:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
             write_text(self.file, table(columns, [*read_rows(self.file), *self._rows]))
         self._rows = []
 
@@ -139,17 +141,20 @@ def append(file: Path, text: str) -> None:
             raise
 
 
-def log_file_lengths(trainer: L.Trainer) -> dict[str, int]:
-    """Flush the files that metrics are logged to; return the length of each: TensorBoard's in bytes, CSV in rows."""
+def log_file_lengths(trainer: L.Trainer, folder: Path) -> dict[str, int]:
+    """Flush the files in a run's folder that metrics are logged to; return the length of each.
+
+    That is TensorBoard's in bytes and the tables' in rows, by the path within the folder.
+    """
     found = {}
-    for logger in trainer.loggers:
+    for logger, place in loggers_in(trainer, folder):
         if isinstance(logger, TensorBoardLogger):
             logger.experiment.flush()
-            for file in Path(logger.log_dir).glob(EVENT_FILES):
-                found[file.name] = file.stat().st_size
+            for file in place.glob(EVENT_FILES):
+                found[path_within(folder, file)] = file.stat().st_size
         elif isinstance(logger, TableLogger):
             logger.save()
-            found[logger.file.name] = len(read_rows(logger.file))
+            found[path_within(folder, logger.file)] = len(read_rows(logger.file))
     return found
 
 
@@ -159,22 +164,33 @@ def truncate_logs(trainer: L.Trainer, folder: Path, length: dict[str, int]) -> N
     Args:
         trainer: its loggers write the files.
         folder: the run's; files outside it, which other runs may write to, are left alone.
-        length: by file name, as `log_file_lengths` returns; files that are not listed are removed.
+        length: as `log_file_lengths` returns; files that are not listed are removed.
     """
-    for logger in trainer.loggers:
-        if not Path(logger.log_dir or "").resolve().is_relative_to(folder):
-            continue
+    for logger, place in loggers_in(trainer, folder):
         if isinstance(logger, TensorBoardLogger):
             for file in (folder / "tensorboard").glob(EVENT_FILES):  # where earlier versions wrote them
-                file.replace(Path(logger.log_dir) / file.name)
-            for file in Path(logger.log_dir).glob(EVENT_FILES):
-                if file.name in length:
-                    os.truncate(file, length[file.name])
+                file.replace(place / file.name)
+            for file in place.glob(EVENT_FILES):
+                if path_within(folder, file) in length:
+                    os.truncate(file, length[path_within(folder, file)])
                 else:
                     file.unlink()
         elif isinstance(logger, TableLogger):
-            rows = read_rows(logger.file)[: length.get(logger.file.name, 0)]
+            rows = read_rows(logger.file)[: length.get(path_within(folder, logger.file), 0)]
             if rows:
                 write_text(logger.file, table(list(rows[0]), rows))
             else:
                 logger.file.unlink(missing_ok=True)
+
+
+def loggers_in(trainer: L.Trainer, folder: Path) -> Iterator[tuple[Logger, Path]]:
+    """Yield the loggers that write inside a folder, each with the place where."""
+    for logger in trainer.loggers:
+        place = Path(logger.log_dir or "").resolve()
+        if place.is_relative_to(folder.resolve()):
+            yield logger, place
+
+
+def path_within(folder: Path, file: Path) -> str:
+    """Return a file's path from the folder that it is in."""
+    return file.resolve().relative_to(folder.resolve()).as_posix()
