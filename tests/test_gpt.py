@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from language_model.model.gpt import GPT, Dropout, rotary_angles, rotate
+from language_model.model.dropout import Dropout
+from language_model.model.gpt import GPT, rotary_angles, rotate
 
 SIZES = {"vocab_size": 11, "d_model": 16, "n_heads": 2, "n_layers": 2, "d_ff": 24, "max_seq_len": 12}
 PARTS = [

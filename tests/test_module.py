@@ -249,12 +249,26 @@ def test_the_last_step_is_validated_once_however_a_run_ends(tmp_path, ending: st
 
 
 @pytest.mark.filterwarnings("ignore:.*")
-def test_a_run_that_stopped_early_was_just_validated(tmp_path) -> None:
+@pytest.mark.parametrize(
+    ("monitor", "intervals", "steps"),
+    [
+        ("val/loss", {"val_check_interval": 3}, [3, 6]),  # just validated
+        ("train/loss_epoch", {"val_check_interval": 3}, [3, 6, 11, 14, 16]),
+        ("train/loss_epoch", {"check_val_every_n_epoch": 7}, [16]),
+    ],
+)
+def test_a_run_that_stopped_early_is_validated_at_its_end(
+    tmp_path, monitor: str, intervals: dict, steps: list[int]
+) -> None:
     validations = Validations()
-    stopping = EarlyStopping("val/loss", patience=1, min_delta=100)
+    by_epochs = monitor == "train/loss_epoch"
+    stopping = EarlyStopping(monitor, patience=1, min_delta=100, check_on_train_epoch_end=by_epochs)
     callbacks = [validations, stopping]
-    fit(tmp_path, Bigram(), batches(8), batches(2), callbacks=callbacks, max_epochs=9, val_check_interval=3)
-    assert [step for step, _ in validations.seen] == [3, 6]
+    _, trainer, _ = fit(tmp_path, Bigram(), batches(8), batches(2), callbacks=callbacks, max_epochs=9, **intervals)
+    assert trainer.global_step == steps[-1]
+    assert [step for step, _ in validations.seen] == steps
+    lines = [row for row in csv.DictReader((tmp_path / "metrics.csv").open()) if row["val/loss"]]
+    assert [int(row["step"]) + 1 for row in lines] == steps
 
 
 @pytest.mark.filterwarnings("ignore:.*")

@@ -51,8 +51,7 @@ def generate(
         use_cache: False computes everything again for each token: slower, with the same result.
 
     Raises:
-        ValueError: an empty prompt, a temperature that is negative or not finite, top_k that is no whole number from 1
-            on, top_p outside (0, 1], or a seed outside 0 to 2⁶⁴ - 1.
+        ValueError: an empty prompt, or a setting out of its range, as `check_sampling` says.
     """
     check_sampling(tokens, temperature, top_k, top_p, seed)
     generator = torch.Generator().manual_seed(seed)

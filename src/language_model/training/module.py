@@ -15,6 +15,11 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from language_model.data.tokenizer import Tokenizer
 from language_model.data.windows import IGNORE_INDEX
+from language_model.training.final_validation import (
+    ends_with_this_batch,
+    validate_after_the_epoch,
+    validate_after_this_batch,
+)
 from language_model.training.mean import Mean, accumulation_dtype
 
 CHECKPOINT_FORMAT = 1  # to be raised when checkpoints change so that `load_run` must distinguish them
@@ -163,9 +168,7 @@ class LanguageModel(L.LightningModule):
         """Add the batch to the epoch's mean loss, after its step; see to it that the run's last step is validated."""
         self.epoch_loss.add(self._last_loss)
         if ends_with_this_batch(self.trainer):
-            self.trainer.val_check_batch = 1  # Lightning's own copies of the intervals
-            if self.trainer.check_val_every_n_epoch is not None:
-                self.trainer.check_val_every_n_epoch = 1
+            validate_after_this_batch(self.trainer)
 
     @property
     def epoch_is_complete(self) -> bool:
@@ -191,6 +194,11 @@ class LanguageModel(L.LightningModule):
         else:
             steps = math.ceil(float(self.epoch_loss.weight) / self.trainer.accumulate_grad_batches)
             self.unfinished_epoch = {"loss": float(mean), "steps": steps}
+
+    def on_train_end(self) -> None:
+        """Validate, if a callback ended the run at the end of an epoch, where no validation was due."""
+        if self.trainer.enable_validation and self.validated_step != self.trainer.global_step:
+            validate_after_the_epoch(self.trainer)
 
     def on_validation_epoch_start(self) -> None:
         """Reset the split's mean loss."""
@@ -223,9 +231,10 @@ class LanguageModel(L.LightningModule):
         mean = self._val_loss
         nats, num_tokens, num_bytes = self._sum_over_processes(mean.total, mean.weight, self._val_bytes)
         loss = nats / num_tokens
-        self.log_dict({"val/loss": loss, "val/perplexity": loss.exp()})
+        # They are those of all processes already: with sync_dist Lightning does not warn that they might not be.
+        self.log_dict({"val/loss": loss, "val/perplexity": loss.exp()}, sync_dist=True)
         if self.token_bytes is not None:
-            self.log("val/bits_per_byte", nats / math.log(2) / num_bytes)
+            self.log("val/bits_per_byte", nats / math.log(2) / num_bytes, sync_dist=True)
         if not self.trainer.sanity_checking:
             self.validated_step = self.trainer.global_step
             self.validated_share = sum(self.trainer.num_val_batches) / len(self.trainer.val_dataloaders)
@@ -265,14 +274,6 @@ class LanguageModel(L.LightningModule):
         # A function, not an object: LambdaLR restores an object's attributes from a checkpoint.
         scheduler = LambdaLR(optimizer, lambda step: schedule(step) / peak)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-
-def ends_with_this_batch(trainer: L.Trainer) -> bool:
-    """Whether the run ends when the batch that was just trained on is done."""
-    last_epoch = trainer.max_epochs != -1 and trainer.current_epoch + 1 >= (trainer.max_epochs or 0)
-    last_step = trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps
-    stopped = trainer.should_stop and trainer.fit_loop._can_stop_early  # by a callback, or by max_time
-    return last_step or stopped or (last_epoch and trainer.is_last_batch)
 
 
 def is_asynchronous(device: torch.device) -> bool:

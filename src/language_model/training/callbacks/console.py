@@ -11,7 +11,7 @@ from pydantic import PositiveInt
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from language_model.terminal import JOB_LABEL, log, terminal
-from language_model.training.module import ends_with_this_batch
+from language_model.training.final_validation import ends_with_this_batch
 
 
 class Console(ProgressBar):
