@@ -1,10 +1,12 @@
 """What test_train.py does not reach through a whole run."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import Run, run_script
 from test_module import Bigram
 
 from language_model.data.datamodule import TextData
@@ -95,3 +97,28 @@ def test_measuring_the_untrained_loss_changes_nothing(tmp_path: Path) -> None:
     with torch.no_grad():
         module.network.table.weight.zero_()
     assert abs(untrained_loss(module, data, torch.device("cpu")) - torch.tensor(43.0).log().item()) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("ended_by", "twice"),
+    [
+        ([], ["trainer.max_epochs=4"]),
+        (["trainer.max_steps=5000"], ["trainer.max_epochs=4"]),
+        (["trainer.max_steps=11", "trainer.max_epochs=50"], ["trainer.max_steps=22"]),
+        (["trainer.max_steps=16"], ["trainer.max_steps=32", "trainer.max_epochs=4"]),
+    ],
+)
+def test_the_last_line_is_a_command_that_trains_longer(
+    train, capsys: pytest.CaptureFixture, ended_by: list[str], twice: list[str]
+) -> None:
+    first = train(*ended_by)
+    line = next(line for line in first.output.splitlines() if line.startswith("longer   "))
+    _, _, script, *arguments = shlex.split(line)
+    assert arguments[1:] == twice
+    run_script(Path(script).name, *arguments)
+    assert Run(first.folder).result["steps"] == 2 * first.result["steps"]
+
+
+def test_a_run_that_stopped_early_is_not_told_to_train_longer(train) -> None:
+    early = ["callbacks.early_stopping.patience=1", "callbacks.early_stopping.min_delta=100", "trainer.max_epochs=9"]
+    assert "\nlonger " not in train(*early).output

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 
 from language_model import files
 from language_model.runs import folder as run
@@ -66,3 +67,20 @@ def test_paths_are_shown_as_they_would_be_typed(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.chdir(tmp_path)
     assert files.display_path(tmp_path / "a" / "b") == str(Path("a") / "b")
     assert files.display_path(tmp_path.parent) == str(tmp_path.parent)
+
+
+@pytest.mark.parametrize(
+    ("rank", "environment"), [(0, {"TORCHELASTIC_RUN_ID": "none"}), (1, {}), (1, {"TORCHELASTIC_RUN_ID": "none"})]
+)
+def test_processes_that_are_started_one_by_one_need_a_name(
+    monkeypatch: pytest.MonkeyPatch, rank: int, environment: dict[str, str]
+) -> None:
+    """Each would take another time and random suffix as the run's name."""
+    monkeypatch.delenv(run.RUN_FOLDER, raising=False)
+    monkeypatch.setattr(run.rank_zero_only, "rank", rank)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    nameless = OmegaConf.create({"folder": None, "name": None})
+    with pytest.raises(ConfigError, match=r"^name: .*needs name=\.\.\.$"):
+        run.choose_folder(nameless)
+    assert run.choose_folder(OmegaConf.create({"folder": None, "name": "mine"})) == run.RUNS / "mine"

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from conftest import TINY, Run, run_script
 from omegaconf import OmegaConf
 
+from language_model.model.gpt import GPT
 from language_model.runs import folder as run
 from language_model.runs.config import ConfigError
 from language_model.runs.load import load_run
@@ -144,6 +146,62 @@ def test_generation_refuses(script, arguments: list[str], says: str) -> None:
     assert says in refused(script, "generate.py", f"run={STORED}", "checkpoint=last", *arguments)
 
 
-def test_a_run_without_the_checkpoint_says_what_there_is() -> None:
+def test_a_run_that_judged_no_weights_gives_its_last_ones(
+    train, script, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("sys.stderr", io.StringIO())
+    run_without = train("callbacks.best=null", "data.val_fraction=0.1")
+    assert load_run(run_without.folder).checkpoint.name == "last.ckpt"
+    said = script("evaluate.py", f"run={run_without.folder}", "accelerator=cpu")
+    assert "best.ckpt does not exist, as the run judged no weights; taking last.ckpt" in said
+    assert script("generate.py", f"run={run_without.folder}", "max_new_tokens=3", "prompt=Shall").startswith("Shall")
+
+
+def test_a_best_checkpoint_that_was_removed_is_missed(trained: Run) -> None:
+    (trained.folder / "checkpoints" / "best.ckpt").unlink()
     with pytest.raises(ConfigError, match=r"checkpoint=best: .*best.ckpt does not exist; available: last"):
-        load_run(STORED, "best")
+        load_run(trained.folder)
+
+
+@pytest.mark.parametrize("name", ["generate.py", "evaluate.py"])
+def test_a_checkpoint_of_another_network_is_refused_in_one_line(
+    trained: Run, shared_run: Run, script, name: str
+) -> None:
+    other = shared_run.folder / "checkpoints" / "last.ckpt"
+    message = refused(script, name, f"run={trained.folder}", f"checkpoint={other}")
+    assert "last.ckpt belongs to another network: " in message
+    assert re.search(r": \S+ has the shape \(43, 16\) there and \(\d+, 16\) here$", message)
+
+
+@pytest.mark.parametrize("name", ["generate.py", "evaluate.py"])
+def test_a_damaged_checkpoint_is_refused_in_one_line(trained: Run, script, name: str) -> None:
+    file = trained.folder / "checkpoints" / "best.ckpt"
+    content = bytearray(file.read_bytes())
+    first, *_ = trained.checkpoint("best")["state_dict"].values()
+    content[content.index(first.numpy().tobytes())] ^= 1
+    file.write_bytes(content)
+    assert "checkpoint: " in (message := refused(script, name, f"run={trained.folder}"))
+    assert "best.ckpt is damaged: the checksum of archive/data/0 differs" in message
+
+
+@pytest.mark.parametrize("node", ["model", "data", "trainer"])
+def test_a_config_that_lacks_a_node_is_refused(trained: Run, node: str) -> None:
+    config = OmegaConf.load(trained.folder / "config.yaml")
+    for value in (None, "text", 3):
+        config[node] = value
+        OmegaConf.save(config, trained.folder / "config.yaml")
+        with pytest.raises(ConfigError, match=rf"config.yaml is damaged, or not a run's config: no {node}"):
+            load_run(trained.folder)
+
+
+def test_the_longest_context_of_a_network_that_does_not_say_is_the_runs(
+    trained: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = GPT.__init__
+
+    def without_length(self: GPT, *args: object, **settings: object) -> None:
+        made(self, *args, **settings)
+        del self.max_seq_len
+
+    monkeypatch.setattr(GPT, "__init__", without_length)
+    assert load_run(trained.folder).network.max_seq_len == 16

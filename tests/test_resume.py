@@ -1,14 +1,17 @@
 """Runs of earlier versions, and what may change on resume; test_train.py resumes runs of this version."""
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, Run
 from filelock import FileLock
 from omegaconf import OmegaConf
 
@@ -273,6 +276,7 @@ def wait_for(process: subprocess.Popen[str], line: str) -> None:
 
 PLAN_THEN_FIT = """
 import sys
+import zipfile
 from language_model import fit, plan
 from language_model.runs.config import ConfigError
 run = plan(*sys.argv[1:])
@@ -322,3 +326,65 @@ def test_another_number_of_processes_says_what_a_step_takes(train) -> None:
     said = train("total_steps=24", "trainer.max_epochs=3").output
     assert "saved by 2 processes and this run has 1: from here on a step takes 512 tokens instead of 1,024" in said
     assert "to keep them: trainer.devices=2" in said
+
+
+def flip_a_bit(file: Path) -> None:
+    """Of the first weight."""
+    content = bytearray(file.read_bytes())
+    with zipfile.ZipFile(file) as archive:
+        weight = next(entry for entry in archive.infolist() if entry.filename.endswith("/data/0"))
+        content[content.index(archive.read(weight)) + 2] ^= 8
+    file.write_bytes(content)
+
+
+def test_a_flipped_bit_in_a_checkpoint_is_found(train) -> None:
+    first = train("total_steps=24")
+    checkpoints = first.folder / "checkpoints"
+    flip_a_bit(checkpoints / "last.ckpt")
+    with pytest.raises(
+        SystemExit, match=r"^error: resume: .*/last\.ckpt is damaged: the checksum of archive/data/0 diff"
+    ):
+        train("total_steps=24", f"resume={checkpoints / 'last.ckpt'}", "trainer.max_epochs=3", name="other")
+    longer = train("total_steps=24", "trainer.max_epochs=3")
+    assert "last.ckpt is damaged: the checksum of archive/data/0 differs; resuming from " in longer.output
+    for file in checkpoints.iterdir():
+        flip_a_bit(file)
+    with pytest.raises(SystemExit, match=r"^error: .*no checkpoint to resume from; remove .* to start again$"):
+        train("total_steps=24", "trainer.max_epochs=4")
+
+
+def started_on_two_processes(folder: Path, corpora: str, *overrides: str) -> subprocess.Popen[str]:
+    """Start a data-parallel run, and wait for its first checkpoint."""
+    command = [sys.executable, str(ROOT / "scripts" / "train.py"), *TINY, corpora, f"folder={folder}", *overrides]
+    process = subprocess.Popen(
+        [*command, "trainer.devices=2", "trainer.strategy=ddp", "callbacks.console.log_interval=1"],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+    wait_for(process, "Epoch   0")
+    return process
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
+@pytest.mark.parametrize(("sent", "to_all", "status"), [("SIGTERM", 0, 143), ("SIGTERM", 1, 143), ("SIGINT", 1, 130)])
+def test_a_signal_stops_all_processes_at_one_step(
+    train, corpora: str, tmp_path: Path, sent: str, to_all: int, status: int
+) -> None:
+    """One alone would wait for the others for good, with the lock held."""
+    process = started_on_two_processes(tmp_path / "two", corpora, "trainer.max_epochs=100000")
+    (os.killpg if to_all else os.kill)(process.pid, getattr(signal, sent))
+    try:
+        said, _ = process.communicate(timeout=120)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    assert process.returncode == status, said
+    assert said.count("resume with: python") == 1
+    stopped = Run(tmp_path / "two")
+    assert stopped.result["status"] == "interrupted"
+    assert stopped.checkpoint("last")["global_step"] == stopped.result["steps"] > 0
+    assert len(stopped.checkpoint("last")["random_state"]) == 2
+    lock = FileLock(tmp_path / "two" / ".lock")
+    lock.acquire(timeout=0)
+    lock.release()

@@ -118,10 +118,12 @@ def find_previous_run(folder: Path) -> PreviousRun | None:
         return None  # a sweep has prepared the folder, or a run was killed before it wrote its settings
     if rank_zero_only.rank == 0:
         remove_partial_saves(folder)
-    if not list(checkpoints.glob("*.ckpt")) and not any((folder / f).exists() for f in ("metrics.csv", "result.json")):
-        log.info(f"{display_path(folder)} was interrupted before its first step: it starts again")
+    result = read_result(folder)
+    has_steps = result.get("steps") or (folder / "metrics.csv").exists() or list(checkpoints.glob("*.ckpt"))
+    if not has_steps:
+        log.info(f"{display_path(folder)} ended before its first step: it starts again")
         return None
-    return PreviousRun(read_settings(folder), read_result(folder), *newest_good_checkpoint(folder))
+    return PreviousRun(read_settings(folder), result, *newest_good_checkpoint(folder))
 
 
 def newest_good_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]]:
