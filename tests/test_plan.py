@@ -83,7 +83,7 @@ def test_two_plans_of_one_folder_do_not_overwrite_each_other(tmp_path: Path) -> 
     first, second = language_model.plan(*TINY, folder), language_model.plan(*TINY, folder, "model.d_ff=8")
     language_model.fit(first)
     before = (tmp_path / "run" / "config.yaml").read_text()
-    with pytest.raises(ConfigError, match="was trained with other settings: model.d_ff=16 then, 8 now"):
+    with pytest.raises(ConfigError, match=r"was trained with other settings: model\.d_ff=16 then, 8 now"):
         language_model.fit(second)
     assert (tmp_path / "run" / "config.yaml").read_text() == before
 
