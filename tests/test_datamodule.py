@@ -281,7 +281,7 @@ def test_too_few_tokens_in_a_file(tmp_path: Path, content: bytes) -> None:
     [
         ("val.bin", b"hear me speak.", "it is text, not tokens"),
         ("val.txt", b"\1\0\2\0", "it is text, not tokens"),  # by its name
-        ("val.bin.gz", gzip.compress(b"\1\0\2\0"), "it is compressed"),
+        ("val.bin.gz", gzip.compress(b"\1\0\2\0", mtime=0), "it is compressed"),
         ("val.bin", b"\1\0", "has too few tokens, 1"),
     ],
 )

@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import os
+import secrets
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -38,7 +39,7 @@ def describe_os_error(error: OSError, folder: Path) -> str:
 
 def write_text(file: Path, content: str) -> None:
     """Write a file and move it into place in one step: other processes see the old file or the new one, whole."""
-    temporary = file.with_name(f"{file.name}.tmp")
+    temporary = file.with_name(f"{file.name}.{secrets.token_hex(4)}.tmp")  # no link that someone left there
     try:
         with write_errors(file):
             temporary.write_text(content, encoding="utf-8")

@@ -223,6 +223,8 @@ def download(url: str, sha256: str, folder: Path) -> Path:
     Raises:
         ValueError: the download failed, or the file has another checksum; nothing is left of it then.
     """
+    if not url.startswith(("http://", "https://")):
+        raise ValueError(f"url={url}: an address that begins with https:// or http:// is needed")
     target = folder / "-".join(url.rstrip("/").split("/")[-2:])
     if target.is_file() and sha256_of(target) == sha256:
         return target

@@ -1,6 +1,7 @@
 """Tokenizers from files: a run's tokenizer.json, or one of the tokenizers library."""
 
 import json
+import operator
 from pathlib import Path
 
 from language_model.data.bpe import BPETokenizer
@@ -29,8 +30,8 @@ def load_tokenizer(path: Path) -> Tokenizer:
         if kind == "byte":
             return ByteTokenizer(content["end_of_text"])
         if kind == "ids":
-            return IdTokenizer(content["vocab_size"])
-    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError):
+            return IdTokenizer(operator.index(content["vocab_size"]))
+    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError, RecursionError):
         kind = None
     if kind != "bpe":
         raise ValueError(f"{path} is not a tokenizer: give a tokenizer.json of a run or of the tokenizers library")

@@ -91,10 +91,10 @@ ALLOWED: dict[str, dict[str, Allowed]] = {
         "patience": POSITIVE,
         "min_delta": NOT_NEGATIVE,
     },
-    "lightning.pytorch.loggers.CSVLogger": {
-        "save_dir": FOLDER,
-        "flush_logs_every_n_steps": POSITIVE,
-    },
+    "language_model.training.checkpoint.LastCheckpoint": {"dirpath": FOLDER},
+    "language_model.training.log_files.*": {"save_dir": FOLDER},
+    "language_model.sweeps.pruning.Pruning": {"folder": FOLDER},
+    "lightning.pytorch.loggers.*": {"save_dir": FOLDER, "flush_logs_every_n_steps": POSITIVE},
     "optuna.*": {
         "seed": Allowed(NonNegativeInt | None, "0 and up, or null"),
         "n_startup_trials": WHOLE,

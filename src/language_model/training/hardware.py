@@ -77,7 +77,7 @@ def missing_for_compiling(device: str) -> str | None:
 
 
 def worth_compiling(device: str, steps: int | None) -> bool:
-    """Whether compiling saves time: on GPUs, for 1,000 steps or more. On a CPU it takes 10 to 25 seconds."""
+    """Whether compiling saves time: on GPUs, for 1,000 steps or more. It takes tens of seconds."""
     return device == "cuda" and (steps is None or steps >= 1000) and missing_for_compiling(device) is None
 
 
