@@ -56,6 +56,17 @@ def test_the_last_lines_say_what_they_are_of(train, tmp_path: Path) -> None:
     assert "\nsample   prompt 'Shall', temperature 0.8, last weights (step 11):\n" in run.output
 
 
+def test_a_result_that_is_written_later_says_the_same(train) -> None:
+    """Of a run that ended inside an epoch, and was killed before it could write its result."""
+    same = ["data.val_fraction=0.3", "data.batch_size=4", "trainer.max_steps=11", "trainer.limit_val_batches=0.5"]
+    before = train(*same).result
+    (train(*same).folder / "result.json").unlink()
+    after = train(*same).result
+    figures = ("validated_step", "validated_share", "unfinished_epoch", "metrics", "sample", "sample_description")
+    assert {name: after[name] for name in figures} == {name: before[name] for name in figures}
+    assert before["unfinished_epoch"]["steps"] == 3
+
+
 def test_an_interval_across_epochs_may_be_longer_than_the_run(train) -> None:
     """Which is validated at its end; within epochs, Lightning would refuse it later."""
     longer = ["data.val_fraction=0.3", "trainer.val_check_interval=100"]
