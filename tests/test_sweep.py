@@ -144,6 +144,15 @@ def test_a_damaged_file_of_metrics_is_named(
         summary.update(tmp_path / "sweep")
 
 
+def test_a_default_that_is_typed_later_does_not_count_twice(multirun: Sweep, jobs: Jobs, tmp_path: Path) -> None:
+    multirun("seed=1,2")
+    multirun("seed=1,2", "data.batch_size=32,8")  # 32 is the default
+    rows = summary.read(tmp_path / "sweep")
+    assert [(group.setting, len(group.rows)) for group in summary.groups(rows)] == [
+        ({"data.batch_size": "32"}, 2), ({"data.batch_size": "8"}, 2),
+    ]  # fmt: skip
+
+
 def test_jobs_of_different_metrics_have_no_best(multirun: Sweep, jobs: Jobs, tmp_path: Path) -> None:
     multirun("seed=1", "data.batch_size=4,8")
     file = tmp_path / "sweep" / "data.batch_size=8" / "result.json"

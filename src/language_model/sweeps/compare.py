@@ -155,7 +155,7 @@ def compare_settings(
     values, left_out = values_by_seed(rows, by)
     others = [name for name in names if name != baseline]
     compared = [name for name in others if min(len(values[name]), len(values[baseline])) > 1] or others
-    also = {key: list(dict.fromkeys(r.values[key] for r in rows)) for key in rows[0].values if key not in (by, SEED)}
+    also = {key: sorted({row.values[key] for row in rows}) for key in rows[0].values if key not in (by, SEED)}
     if also and min(len(values[baseline]), len(values[compared[0]])) < 2:
         raise ConfigError(
             f"by={by}: varies together with {', '.join(also)}, and fewer than two seeds have every combination; "

@@ -16,8 +16,8 @@ from language_model.pages.plots import Series, plot_sweep
 from language_model.runs.config import errors_for_key
 from language_model.runs.folder import read_settings
 from language_model.runs.monitor import best_name, final_name, sign_of
+from language_model.runs.records import final_value, read_job, read_result
 from language_model.runs.resume import COMPLETED
-from language_model.sweeps.records import final_value, read_job, read_result
 from language_model.terminal import log, terminal
 
 SEED = "seed"
@@ -111,7 +111,10 @@ def shorten(value: str) -> str:
 
 
 def read(sweep: Path) -> list[Row]:
-    """Return the jobs of a sweep, the best first, those without a value last."""
+    """Return the jobs of a sweep, the best first, those without a value last.
+
+    Of jobs with the same settings, as when a value is typed that was the default before, one is returned.
+    """
     jobs = {file.parent: read_job(file.parent) for file in sweep.glob("*/job.json")}
     keys = dict.fromkeys(key for job in jobs.values() for key in job["values"])
     filled = {
@@ -120,7 +123,10 @@ def read(sweep: Path) -> list[Row]:
     }
     varied = [key for key in keys if len({values[key] for values in filled.values()}) > 1]
     rows = [job_row(folder, job, {key: filled[folder][key] for key in varied}) for folder, job in jobs.items()]
-    return sorted(rows, key=lambda row: (row.rank, row.folder.name))
+    unique: dict[tuple[str, ...], Row] = {}
+    for row in sorted(rows, key=lambda row: (row.rank, row.folder.name)):
+        unique.setdefault(tuple(filled[row.folder].values()), row)
+    return list(unique.values())
 
 
 def job_row(folder: Path, job: dict[str, Any], values: dict[str, str]) -> Row:
