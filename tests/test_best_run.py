@@ -112,7 +112,7 @@ def test_a_damaged_result_is_left_out(runs: Runs, caplog: pytest.LogCaptureFixtu
     runs.add("damaged", "abc")
     good = runs.add("good", 2.0)
     assert best_run() == good
-    assert "result.json is damaged: best=abc is not a number; this run is left out" in caplog.text
+    assert "result.json is damaged: best=abc: input should be a valid number; this run is left out" in caplog.text
 
 
 def test_no_run_with_a_best_checkpoint(runs: Runs) -> None:

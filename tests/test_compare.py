@@ -16,6 +16,7 @@ from language_model.sweeps.compare import Comparison, compare, compare_settings,
 from language_model.sweeps.summary import Row
 
 KEY = "model.position"
+FINISHED = {"status": "finished", "uniform_baseline": 4.0, "seconds": 1.0, "steps": 10, "epochs": 1}
 
 
 def row(values: dict[str, str], value: float | None, status: str = "finished", **result: Any) -> Row:
@@ -102,7 +103,7 @@ def simulated_sweep(place: Path, draw: np.random.Generator, noise: dict[str, flo
             folder.mkdir(parents=True, exist_ok=True)
             values = {KEY: setting, "seed": str(seed)}
             (folder / "job.json").write_text(json.dumps({"overrides": [], "values": values, "error": None}))
-            result = {"status": "finished", "monitor": "val/loss", "monitor_mode": "min", "best": curve.min()}
+            result = FINISHED | {"monitor": "val/loss", "monitor_mode": "min", "best": curve.min()}
             result["metrics"] = {"val/loss": curve[-1]}
             (folder / "result.json").write_text(json.dumps(result))
     return summary.read(place)
@@ -269,7 +270,7 @@ def sweep(tmp_path: Path) -> Path:
             facts = {"overrides": [], "values": {"model.position": position, "seed": str(seed)}, "error": None}
             (job / "job.json").write_text(json.dumps(facts))
             value = 1.5 + (0.0, -0.3, 0.001)[p] + 0.01 * seed * (1, -1, 2)[p] - 0.01 * (p == 2)
-            result = {"status": "finished", "monitor": "val/loss", "best": 0.0, "metrics": {"val/loss": value}}
+            result = FINISHED | {"monitor": "val/loss", "best": 0.0, "metrics": {"val/loss": value}}
             (job / "result.json").write_text(json.dumps(result))
     asked = {"model.position": ["learned", "rotary", "none"], "seed": ["0", "1", "2"]}
     (tmp_path / "sweep" / "sweep.json").write_text(json.dumps({"asked": asked}))
@@ -350,7 +351,7 @@ def test_a_sweep_of_a_metric_where_higher_is_better(
         (["by=seed"], "by=seed: does not vary in the sweep"),
         (["by=model.position", "confidence=2"], "confidence=2: input should be less than 1"),
         (["by=model.position", "baseline=sinus"], "baseline=sinus: model.position has no such value"),
-        (["by=model.position", "output=/nowhere/x.json"], "output: /nowhere/x.json"),
+        (["by=model.position", "output=missing/x.json"], "output: missing/x.json"),
     ],
 )
 def test_the_script_refuses(sweep: Path, overrides: list[str], found: str) -> None:

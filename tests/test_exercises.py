@@ -13,7 +13,8 @@ def a_run(folder: Path, settings: dict, metrics: dict[str, list[float]], **resul
     """Write what an exercise reads of a run; the metrics have a point for each step of 1, or epoch."""
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(yaml.safe_dump({"seed": 0, "monitor": "train/loss_epoch"} | settings))
-    (folder / "result.json").write_text(json.dumps({"status": "finished"} | result))
+    finished = {"status": "finished", "metrics": {}, "uniform_baseline": 4.0, "seconds": 1.0, "steps": 10, "epochs": 1}
+    (folder / "result.json").write_text(json.dumps(finished | result))
     names = list(metrics)
     lines = [f"step,{','.join(names)}"]
     lines += [f"{step},{','.join(map(str, row))}" for step, row in enumerate(zip(*metrics.values(), strict=True))]
