@@ -16,9 +16,9 @@ from language_model.runs.command_line import entry_point
 from language_model.runs.config import ConfigError, as_dict, check_values, did_you_mean, errors_for_key
 from language_model.runs.folder import SWEEPS
 from language_model.runs.monitor import BETTER, final_name
+from language_model.runs.records import read_sweep
 from language_model.sweeps import summary
 from language_model.sweeps.compare import MAX_SEEDS, POWER, Comparisons, compare_settings
-from language_model.sweeps.records import read_sweep
 from language_model.terminal import log, setup_logging, terminal
 
 KEYS = {

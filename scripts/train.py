@@ -4,6 +4,7 @@
 """
 
 import os
+from typing import cast
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
@@ -21,7 +22,7 @@ def main(config: DictConfig) -> None:
 
         run_job(config)
     else:
-        train(config, OmegaConf.to_container(HydraConfig.get().overrides.task))
+        train(config, cast(list[str], OmegaConf.to_container(HydraConfig.get().overrides.task)))
 
 
 def train(config: DictConfig, overrides: list[str]) -> None:

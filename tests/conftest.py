@@ -163,7 +163,14 @@ class Jobs:
         came_to = self.outcome(self.config)
         metric = self.config.monitor or "train/loss_epoch"
         mode = choose_mode("monitor_mode", metric, self.config.monitor_mode)
-        result = {"steps": 10, "seconds": 2.0, "monitor": metric, "monitor_mode": mode}
+        result = {
+            "steps": 10,
+            "epochs": 1,
+            "uniform_baseline": 4.0,
+            "seconds": 2.0,
+            "monitor": metric,
+            "monitor_mode": mode,
+        }
         result |= {"best": self.best(self.config), "metrics": {metric: came_to}}
         if isinstance(came_to, str):
             result = {"status": "failed", "error": came_to}

@@ -18,8 +18,9 @@ from omegaconf import OmegaConf
 from language_model.files import ROOT
 from language_model.model.dropout import Dropout
 from language_model.runs import announce, fit
-from language_model.runs.folder import read_config, read_result, read_settings
+from language_model.runs.folder import read_config, read_settings
 from language_model.runs.moved_names import MODULES, MOVED, with_current_names
+from language_model.runs.records import read_result
 from language_model.runs.resume import can_change_on_resume
 from language_model.training.callbacks import Sample
 

@@ -14,8 +14,8 @@ from omegaconf import DictConfig
 from language_model.data.datamodule import TokenData
 from language_model.files import ROOT, display_path, write_json
 from language_model.runs.config import as_dict, flatten, one_line
-from language_model.runs.folder import read_job
 from language_model.runs.plan import Plan
+from language_model.runs.records import read_job
 from language_model.terminal import log
 from language_model.training.hardware import describe_device
 from language_model.training.module import LanguageModel, NonFiniteError

@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from language_model.files import ROOT, display_path, modified_time, read_json, write_json, write_text
+from language_model.files import ROOT, display_path, modified_time, write_text
 from language_model.runs.config import (
     ConfigError,
     did_you_mean,
@@ -80,39 +80,10 @@ def read_yaml(file: Path) -> Any:
         raise ConfigError(f"{display_path(file)} is damaged: {one_line(str(error))}") from error
 
 
-def read_facts(file: Path) -> dict[str, Any]:
-    """Return what a JSON file of a run or a sweep holds, empty if there is none; ConfigError if it is damaged."""
-    try:
-        facts = read_json(file)
-    except ValueError as error:
-        raise ConfigError(f"{display_path(file)} is damaged: {one_line(str(error))}") from error
-    if not isinstance(facts, dict):
-        raise ConfigError(f"{display_path(file)} is damaged: it is not a JSON object")
-    return facts
-
-
 def read_settings(folder: Path) -> dict[str, Any]:
     """Return a run's config as a flat dict with dotted keys; empty if it was not saved yet."""
     saved = (folder / "config.yaml").is_file()
     return flatten(read_saved_config(folder)) if saved else {}
-
-
-def read_result(folder: Path) -> dict[str, Any]:
-    """Return a run's result; empty if it has none yet."""
-    result = read_facts(folder / "result.json")
-    if "guessing_loss" in result:  # its name in older runs
-        result["uniform_baseline"] = result.pop("guessing_loss")
-    return result
-
-
-def read_job(folder: Path) -> dict[str, Any]:
-    """Return what a sweep wrote about one of its jobs; empty for a run that belongs to no sweep."""
-    return with_current_names(read_facts(folder / "job.json"))
-
-
-def update_job(folder: Path, **facts: Any) -> None:
-    """Write facts into ``job.json``; those of the same names are replaced."""
-    write_json(folder / "job.json", read_job(folder) | facts)
 
 
 def choose_folder(config: DictConfig) -> Path:

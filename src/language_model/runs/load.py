@@ -11,8 +11,9 @@ from language_model.data.tokenizer import Tokenizer
 from language_model.data.tokenizer_file import load_tokenizer
 from language_model.files import display_path, sha256_of
 from language_model.runs.config import ConfigError, as_dict, build, errors_for_key
-from language_model.runs.folder import all_runs, find_run, read_config, read_result, read_settings
+from language_model.runs.folder import all_runs, find_run, read_config, read_settings
 from language_model.runs.monitor import BEST, sign_of
+from language_model.runs.records import read_result
 from language_model.runs.trust import check_offered
 from language_model.terminal import log
 from language_model.training.checkpoint_file import read_checkpoint
@@ -129,8 +130,6 @@ def best_run() -> Path:
     for folder in folders:
         try:
             score = read_result(folder).get("best")
-            if not isinstance(score, int | float | None):
-                raise ConfigError(f"{display_path(folder / 'result.json')} is damaged: best={score} is not a number")
             if score is not None and measured_on(folder) == wanted:
                 scores[folder] = score
         except ConfigError as error:

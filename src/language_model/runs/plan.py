@@ -33,9 +33,10 @@ from language_model.runs.choices import (
     choose_warmup,
 )
 from language_model.runs.config import SETTINGS, as_dict, build, check_config, check_value, errors_for_key
-from language_model.runs.folder import RUNS, choose_folder, read_result
+from language_model.runs.folder import RUNS, choose_folder
 from language_model.runs.load import load_checkpoint
 from language_model.runs.monitor import choose_monitor
+from language_model.runs.records import read_result
 from language_model.runs.resume import (
     PreviousRun,
     check_checkpoint_fits,

@@ -16,9 +16,10 @@ from omegaconf.errors import OmegaConfBaseException
 from language_model.files import ROOT, display_path, modified_time
 from language_model.runs.command_line import explain_error, override_key, quote_override
 from language_model.runs.config import ConfigError, as_dict, errors_for_key, flatten
-from language_model.runs.folder import find_run, lock_folder, read_result, read_settings, read_yaml
+from language_model.runs.folder import find_run, lock_folder, read_settings, read_yaml
 from language_model.runs.load import difference, load_checkpoint
 from language_model.runs.moved_names import with_current_names
+from language_model.runs.records import read_result
 from language_model.runs.trust import check_offered, harmless_overrides
 from language_model.terminal import log
 from language_model.training.module import LanguageModel

@@ -13,7 +13,7 @@ from language_model.files import display_path, write_text
 from language_model.pages.plots import figure, read_points
 from language_model.runs.folder import read_settings
 from language_model.runs.monitor import sign_of
-from language_model.sweeps.records import read_result
+from language_model.runs.records import read_result
 from language_model.sweeps.summary import markdown_line
 from language_model.terminal import log, terminal
 

@@ -18,9 +18,8 @@ from omegaconf import DictConfig
 
 from language_model.files import ROOT
 from language_model.runs.command_line import quote_override
-from language_model.runs.folder import update_job
+from language_model.runs.records import read_job, update_job
 from language_model.sweeps import summary
-from language_model.sweeps.records import read_job
 from language_model.terminal import JOB_LABEL
 
 INTERRUPTED = (130, 143, -signal.SIGINT, -signal.SIGTERM)  # exit statuses of a run that was stopped from outside

@@ -6,7 +6,7 @@ from typing import Any, Literal
 import lightning as L
 from lightning.pytorch.callbacks import Checkpoint
 
-from language_model.sweeps.records import read_job
+from language_model.runs.records import read_job
 from language_model.sweeps.study import open_study
 
 

@@ -8,8 +8,8 @@ from language_model.files import display_path
 from language_model.runs.command_line import quote_override
 from language_model.runs.config import ConfigError, errors_for_key
 from language_model.runs.monitor import TRAINING_METRIC, Mode, choose_mode
+from language_model.runs.records import read_result
 from language_model.runs.resume import COMPLETED
-from language_model.sweeps.records import read_result
 from language_model.sweeps.study import Trials, distribution_of, end_values, was_non_finite
 from language_model.sweeps.summary import format_setting
 from language_model.sweeps.sweep import Job, Sweep, handle_interruption, job_is_finished, without_hydra

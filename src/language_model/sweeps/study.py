@@ -15,8 +15,8 @@ from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 
 from language_model.files import display_path
 from language_model.runs.config import ConfigError, one_line
+from language_model.runs.records import final_value, read_job, read_result, read_sweep
 from language_model.runs.trust import targets
-from language_model.sweeps.records import final_value, read_job, read_result, read_sweep
 
 if TYPE_CHECKING:
     from optuna import Study

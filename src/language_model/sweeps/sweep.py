@@ -25,11 +25,11 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from language_model.files import display_path, write_json
 from language_model.runs.command_line import quote_override
 from language_model.runs.config import ConfigError, build, check_config, errors_for_key
-from language_model.runs.folder import read_settings, safe_folder_name, update_job
+from language_model.runs.folder import read_settings, safe_folder_name
 from language_model.runs.plan import rehearse
+from language_model.runs.records import read_job, read_result, read_sweep, update_job
 from language_model.runs.resume import COMPLETED, can_change_on_resume, check_same_settings, is_finished
 from language_model.sweeps import summary
-from language_model.sweeps.records import read_job, read_result, read_sweep
 from language_model.sweeps.summary import format_duration
 from language_model.terminal import log, setup_logging
 
