@@ -8,11 +8,13 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import TINY, Run
 from filelock import FileLock
+from lightning.pytorch.callbacks import EarlyStopping
 from omegaconf import OmegaConf
 
 from language_model.files import ROOT
@@ -22,7 +24,7 @@ from language_model.runs.folder import read_config, read_settings
 from language_model.runs.moved_names import MODULES, MOVED, with_current_names
 from language_model.runs.records import read_result
 from language_model.runs.resume import can_change_on_resume
-from language_model.training.callbacks import Sample
+from language_model.training.callbacks import RestoreBest, Sample
 
 # A run of commit 0a1ae00 (before the package had folders), killed in its last epoch. Where it was written stands as
 # PROJECT, FOLDER and CACHE in its config.
@@ -389,3 +391,11 @@ def test_a_signal_stops_all_processes_at_one_step(
     lock = FileLock(tmp_path / "two" / ".lock")
     lock.acquire(timeout=0)
     lock.release()
+
+
+def test_a_run_that_goes_on_has_not_stopped_early() -> None:
+    stopping = EarlyStopping("val/loss")
+    stopping.load_state_dict(stopping.state_dict() | {"stopped_epoch": 3, "stopping_reason_message": "no improvement"})
+    RestoreBest().on_train_start(SimpleNamespace(callbacks=[stopping]), None)
+    assert not stopping.stopped_epoch
+    assert not stopping.stopping_reason_message
