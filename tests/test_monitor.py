@@ -28,6 +28,7 @@ def test_a_metric_is_added_by_logging_it(train) -> None:
     assert run.result["monitor"] == "train/accuracy"
     assert run.result["best"] == pytest.approx(1.6)
     assert run.checkpoint("best")["global_step"] == 16
+    assert ", train/accuracy 1.6000; uniform baseline" in run.output
 
 
 def test_the_lowest_is_kept_where_that_is_the_mode(train) -> None:
@@ -98,11 +99,14 @@ def test_what_cannot_be_monitored_is_refused(tmp_path: Path, overrides: list[str
         ),
     ],
 )
-def test_a_metric_that_is_not_logged_ends_the_run(train, text: list[str], overrides: list[str], found: str) -> None:
+def test_a_metric_that_is_not_logged_ends_the_run(
+    train, text: list[str], capsys: pytest.CaptureFixture, overrides: list[str], found: str
+) -> None:
     with pytest.raises(SystemExit) as stopped:
         train(OWN, *text, *overrides)
     assert str(stopped.value).startswith(f"error: {found}")
     assert "train/loss" in str(stopped.value)
+    assert "not logged by the end" not in capsys.readouterr().out  # said once
     assert "\n" not in str(stopped.value)
 
 

@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 
 from language_model.data.datamodule import TokenData
 from language_model.files import ROOT, display_path, write_json
-from language_model.runs.config import as_dict, flatten, one_line
+from language_model.runs.config import ConfigError, as_dict, flatten, one_line
 from language_model.runs.plan import Plan
 from language_model.runs.records import read_job
 from language_model.terminal import log
@@ -161,7 +161,7 @@ def log_undecayed(config: DictConfig, result: dict[str, Any]) -> None:
 
 
 def describe_final(result: dict[str, Any]) -> str:
-    """Return the last training and validation loss, each with the steps that it is of."""
+    """Return the last training and validation loss, each with the steps that it is of, and the monitored metric."""
     metrics, parts = result["metrics"], []
     if unfinished := result.get("unfinished_epoch"):
         over = f"mean over the last {unfinished['steps']:,} steps of an unfinished epoch"
@@ -173,6 +173,8 @@ def describe_final(result: dict[str, Any]) -> str:
         of = [f"step {step:,}"] if step is not None else []
         of += [f"{100 * share:.3g}% of the split"] if share < 1 else []
         parts.append(f"val/loss {metrics['val/loss']:.4f}" + (f" ({', '.join(of)})" if of else ""))
+    if (monitor := result.get("monitor")) in metrics and monitor not in ("train/loss_epoch", "val/loss"):
+        parts.append(f"{monitor} {metrics[monitor]:.4f}")
     return ", ".join(parts) or "no loss was logged"
 
 
@@ -190,7 +192,7 @@ def log_failure(run: Plan, error: Exception) -> None:
         if run.trainer.is_global_zero:
             write_json(file, facts)
         log.warning(f"the batch begins with {texts[0][:60]!r}; all of it is in {display_path(file)}")
-    elif not isinstance(error, OSError):  # which is said at the end
+    elif not isinstance(error, OSError | ConfigError):  # which is said at the end
         log.warning(f"{type(error).__name__}: {one_line(str(error))}")
     if (run.folder / "checkpoints" / "last.ckpt").exists():
         log.warning(f"once the cause is removed, resume with: {resume_command(run.folder)}")
