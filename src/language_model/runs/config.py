@@ -30,7 +30,7 @@ from pydantic import (
 from pydantic import ValidationError as PydanticError
 
 from language_model.files import ROOT
-from language_model.runs.values import ALLOWED, Allowed, non_finite_numbers
+from language_model.runs.values import Allowed, allowed_values, non_finite_numbers
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.=,+-]*$", max_length=100)]
 
@@ -128,7 +128,7 @@ def check_node(path: str, node: Mapping[str, Any], allow_null: bool = False) -> 
     parameters: Mapping[str, Any] | None = None
     allowed: Mapping[str, Allowed] = {}
     if "_target_" in node:
-        allowed = ALLOWED.get(node["_target_"], {})
+        allowed = allowed_values(str(node["_target_"]))
         try:
             target = pkgutil.resolve_name(node["_target_"])
         except (ImportError, AttributeError, ValueError) as error:
