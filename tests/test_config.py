@@ -64,27 +64,31 @@ def test_every_parameter_that_can_be_set_is_listed() -> None:
         for part in nodes:
             if not part["_target_"].startswith("language_model."):
                 continue
-            taken = set(inspect.signature(hydra.utils.get_object(part["_target_"])).parameters)
+            target = hydra.utils.get_object(part["_target_"])
+            own = target.__dict__.get("__init__", object) if inspect.isclass(target) else target
+            if own is object:
+                continue  # Lightning's parameters
+            taken = set(inspect.signature(target).parameters)
             assert taken - set(part) <= {"named_parameters", "step", "texts", "end_of_text"}, key
 
 
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
-        (["optimizer.lr=abc"], 'optimizer.lr="abc": input should be a valid number'),
+        (["optimizer.lr=abc"], "optimizer.lr=abc: input should be a valid number"),
         (["optimizer.lr=-1"], "optimizer.lr=-1: input should be greater than 0"),
         (["optimizer.lr=0"], "optimizer.lr=0: input should be greater than 0"),
         (["optimizer.betas=[0.9,1.0]"], "optimizer.betas=[0.9, 1.0]: item 1: input should be less than 1"),
         (["model.d_model=64.5"], "model.d_model=64.5: input should be a valid integer"),
         (["model.d_model=true"], "model.d_model=true: input should be a valid integer"),
         (["model.dropout=1"], "model.dropout=1: input should be less than 1"),
-        (["model.norm=layer"], "model.norm=\"layer\": input should be 'layernorm' or 'rmsnorm'"),
+        (["model.norm=layer"], "model.norm=layer: input should be 'layernorm' or 'rmsnorm'"),
         (["data.batch_size=0"], "data.batch_size=0: input should be greater than 0"),
-        (["trainer.max_epochs=many"], 'trainer.max_epochs="many": input should be a valid integer'),
+        (["trainer.max_epochs=many"], "trainer.max_epochs=many: allowed: 1 and up; -1 for no limit"),
         (["seed=-1"], "seed=-1: input should be greater than or equal to 0"),
         (["seed=4294967296"], "seed=4294967296: input should be less than 4294967296"),
-        (["name=a/b"], 'name="a/b": string should match pattern'),
-        (["name=.."], 'name="..": string should match pattern'),
+        (["name=a/b"], "name=a/b: string should match pattern"),
+        (["name=.."], "name=..: string should match pattern"),
         (["+nonsense=1"], "nonsense: unknown key; known: "),
         (["+model.nheads=1"], "model.nheads: unknown key; did you mean n_heads"),
         (["+callbacks.x.y=1"], "callbacks.x.y: nothing takes this key"),
@@ -131,7 +135,7 @@ def test_a_class_of_the_users_is_built_and_checked_by_its_annotations() -> None:
     [
         ({"size": None}, "part.size=null: input should be a valid integer"),
         ({"size": 0}, "part.size=0: input should be greater than 0"),
-        ({"size": 1, "kind": "c"}, "part.kind=\"c\": input should be 'a' or 'b'"),
+        ({"size": 1, "kind": "c"}, "part.kind=c: input should be 'a' or 'b'"),
         ({"size": 1, "kin": "a"}, "part.kin: unknown key; did you mean kind?"),
         ({"size": 13}, "part: RuntimeError: no luck (HYDRA_FULL_ERROR=1 shows where)"),
         ({"size": 14}, "part: /does/not/exist: no such file or directory"),

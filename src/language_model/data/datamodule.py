@@ -184,10 +184,8 @@ class TextData(TokenData):
             path = str(download(url, sha256, Path(cache)))
         text = functools.partial(TextFiles, field=field, encoding=encoding, newlines=newlines)
         train, val = text(path), None if val_path is None else text(val_path, parameter="val_path")
-        if val is not None:
-            check_apart(train.files, val.files)
-        if end_of_text is None:
-            end_of_text = train.has_jsonl
+        check_apart(train.files, val.files if val else [])
+        ends = train.has_jsonl if end_of_text is None else end_of_text
 
         def check_split(split: str, facts: dict[str, int]) -> None:
             if split == "val":
@@ -199,14 +197,10 @@ class TextData(TokenData):
                 check_training(facts["tokens"], seq_len, what)
                 ShuffledBatches(facts["tokens"] - seq_len, stride, batch_size, seed, epoch=lambda: 0)
 
-        self.corpus = prepare(train, val, val_fraction, tokenizer, end_of_text, Path(cache), check_split)
-        super().__init__(
-            train.name,
-            self.corpus.tokenizer,
-            [self.corpus.train],
-            [] if self.corpus.val is None else [self.corpus.val],
-            seq_len, batch_size, stride, num_workers, seed,
-        )  # fmt: skip
+        self.corpus = prepare(train, val, val_fraction, tokenizer, ends, Path(cache), check_split)
+        tokens = [self.corpus.train], [] if self.corpus.val is None else [self.corpus.val]
+        sizes = (seq_len, batch_size, stride, num_workers, seed)
+        super().__init__(train.name, self.corpus.tokenizer, *tokens, *sizes)
 
 
 class BinData(TokenData):

@@ -94,24 +94,13 @@ def entry_point(
         literal: keys whose values are taken as text, whatever characters they contain.
     """
 
-    def decorate(task: Callable[[DictConfig], None]) -> Callable[[], None]:
-        composed = False
+    traceback_wanted = os.environ.get("HYDRA_FULL_ERROR", "0") != "0"
 
+    def decorate(task: Callable[[DictConfig], None]) -> Callable[[], None]:
         @functools.wraps(task)
         def job(config: DictConfig) -> None:
-            nonlocal composed
-            composed = True
-            try:
-                task(config)
-            except ConfigError as error:
-                if HydraConfig.get().mode == RunMode.MULTIRUN:
-                    print(f"error: {error}", file=sys.stderr)
-                    raise  # the sweep continues with its other jobs and ends with the first error
-                if traceback_wanted:
-                    raise
-                sys.exit(f"error: {error}")
+            run_task(task, config, traceback_wanted)
 
-        traceback_wanted = os.environ.get("HYDRA_FULL_ERROR", "0") != "0"
         hydra_main = hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(job)
 
         def main() -> None:
@@ -125,7 +114,7 @@ def entry_point(
             except KeyboardInterrupt:
                 sys.exit(130)
             except (ConfigError, HydraException, OmegaConfBaseException, ValueError) as error:
-                if composed and type(error) is ValueError:  # not Hydra's, but a fault in the code
+                if type(error) is ValueError and "Config group override" not in str(error):  # a fault in the code
                     raise
                 sys.exit(f"error: {explain_error(error, config_name, sys.argv[1:])}")
             finally:
@@ -134,6 +123,19 @@ def entry_point(
         return main
 
     return decorate
+
+
+def run_task(task: Callable[[DictConfig], None], config: DictConfig, traceback_wanted: bool) -> None:
+    """Run a script's task; a ConfigError ends the process with its line, in a sweep only the job."""
+    try:
+        task(config)
+    except ConfigError as error:
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            print(f"error: {error}", file=sys.stderr)
+            raise  # the sweep continues with its other jobs and ends with the first error
+        if traceback_wanted:
+            raise
+        sys.exit(f"error: {error}")
 
 
 def check_options(arguments: Sequence[str]) -> None:
