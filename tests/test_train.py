@@ -407,7 +407,7 @@ def test_fast_dev_run_and_switched_off_parts(train) -> None:
         (["trainer.accelerator=abacus"], "trainer: You selected an invalid accelerator name"),
         (["trainer.max_epochs=-1"], "total_steps: the schedule needs an end"),
         (["trainer.max_epochs=0"], "schedule.total_steps=0: input should be greater than 0"),
-        (["monitor=val/loss"], "monitor=val/loss: unknown; choose from train/loss_epoch"),
+        (["monitor=val/loss"], "monitor=val/loss: no callback logs it"),
         (["callbacks.sample.prompt='Shall 1'"], "callbacks.sample.prompt: character '1' (U+0031) at position 6"),
         (["resume=nothing"], "resume=nothing: "),
         (["vocab_size=42"], "vocab_size=42: the tokenizer has 43 tokens"),
