@@ -139,7 +139,7 @@ def test_the_split_is_nanogpts(text_data) -> None:
             {"end_of_text": True, "tokenizer": partial(tokenizer_from_file, path="char.json")},
             "has no token that ends",
         ),
-        (b"ab" * 9, {"tokenizer": id_tokenizer}, "tokenizer=ids is for data=bin"),
+        (b"ab" * 9, {"tokenizer": id_tokenizer}, "token ids are for data=bin"),
         (b"ab" * 9, {"val_path": "nowhere"}, "^val_path=nowhere: no such file or directory$"),
         (b"\x89PNG\r\n\0\n", {"encoding": "latin-1"}, "text.txt is binary, not text: it has a NUL character"),
     ],

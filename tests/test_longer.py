@@ -94,7 +94,7 @@ def test_a_run_that_is_cut_short_says_that_its_rate_has_not_decayed(train, tmp_p
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
-        (["trainer.val_check_interval=36"], "trainer.val_check_interval=36: an epoch has 35 batches, so it would"),
+        (["trainer.val_check_interval=36"], "trainer.val_check_interval=36: an epoch has 35 batches; allowed: 1 to 35"),
         (["trainer.val_check_interval=0.01"], "trainer.val_check_interval=0.01: less than one of an epoch's 35"),
         (
             ["trainer.check_val_every_n_epoch=null"],

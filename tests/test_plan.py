@@ -47,7 +47,7 @@ def test_a_plan_is_carried_out_once_and_then_finished(tmp_path: Path) -> None:
         ("model.d_model=15", "model.n_heads=2 does not divide d_model=15"),
         ("monitor=val/loss", "monitor=val/loss: no callback logs it"),
         ("vocab_size=5", "vocab_size=5: the tokenizer has 43 tokens"),
-        ("schedule.warmup_steps=999", "schedule: warmup_steps=999 is longer than the run"),
+        ("schedule.warmup_steps=999", "schedule.warmup_steps=999 is longer than the run"),
         ("trainer.max_epochs=-1", "total_steps: the schedule needs an end"),
         ("model.d_modle=8", "model.d_modle: unknown key; did you mean d_model?"),
         ("model=smal", "model=smal: there is no such file in conf/model; choose from baby"),

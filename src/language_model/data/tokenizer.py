@@ -199,5 +199,5 @@ class IdTokenizer(Tokenizer):
 def id_tokenizer(texts: Any, end_of_text: bool, vocab_size: PositiveInt | None = None) -> IdTokenizer:
     """Return the tokenizer of token files, with `vocab_size` tokens; None for the largest id plus one."""
     if not hasattr(texts, "largest_id"):
-        raise ValueError("tokenizer=ids is for data=bin; text needs another")
+        raise ValueError("token ids are for data=bin; text needs another tokenizer")
     return IdTokenizer(texts.largest_id + 1 if vocab_size is None else vocab_size)

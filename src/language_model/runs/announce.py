@@ -137,6 +137,9 @@ def log_end(config: DictConfig, result: dict[str, Any]) -> None:
     if result.get("sample"):
         log.info(f"sample   {result.get('sample_description') or 'of the last weights'}:")
         log.info("\n" + result["sample"].strip("\n"))
+    if config.trainer.fast_dev_run:
+        log.info("folder   nothing is written: trainer.fast_dev_run")
+        return
     if "undecayed" in result:
         log_undecayed(config, result)
     log.info("")

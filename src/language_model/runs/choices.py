@@ -5,7 +5,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback, ProgressBar
+from lightning.pytorch.callbacks import Callback, Checkpoint, ProgressBar
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
@@ -64,6 +64,8 @@ def build_trainer(config: DictConfig) -> tuple[dict[str, Callback], L.Trainer]:
             "whole number of batches is needed"
         )
     callbacks = {name: callback for name, callback in build(config, "callbacks").items() if callback}
+    if settings.fast_dev_run:  # which writes nothing
+        callbacks = {name: callback for name, callback in callbacks.items() if not isinstance(callback, Checkpoint)}
     trainer = build(
         config,
         "trainer",

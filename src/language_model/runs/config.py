@@ -184,13 +184,6 @@ def check_value(path: str, value: Any, annotation: Any, allowed: Allowed | None 
         raise ConfigError(f"{shown}: {f'allowed: {allowed.words}' if allowed else wanted}") from None
 
 
-def check_choice(key: str, value: str, known: Iterable[str]) -> None:
-    """Raise ConfigError unless the value is one of the known ones."""
-    known = list(known)
-    if value not in known:
-        raise ConfigError(f"{key}={value}: unknown; choose from {', '.join(known)}")
-
-
 def did_you_mean(name: str, known: Iterable[str], elsewhere: Iterable[str] = ()) -> str:
     """Return "; did you mean ...?" with similar names, or else keys that end in `name`, or else "; known: ..."."""
     names = [str(other) for other in known if other not in (name, "self") and not str(other).startswith("_")]

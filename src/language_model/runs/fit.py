@@ -23,6 +23,7 @@ def fit(run: Plan) -> dict[str, Any]:
     """Train as planned, in the run's folder; return the result, which ``result.json`` also gets.
 
     A run that is finished already only returns its result. One that was trained, but has no result yet, gets that.
+    With ``trainer.fast_dev_run``, nothing is written.
 
     Of several processes only the first writes to the folder, besides checkpoints.
 
@@ -32,6 +33,8 @@ def fit(run: Plan) -> dict[str, Any]:
     """
     if run.trainer.state.fn is not None:
         raise ConfigError("this plan has been carried out already: make a new one, with the same overrides, to resume")
+    if run.trainer.fast_dev_run:
+        return train(run)
     if run.trainer.is_global_zero and not run.is_finished:
         with errors_for_key("folder"):
             lock_folder(run.folder)
@@ -54,7 +57,8 @@ def train(run: Plan) -> dict[str, Any]:
         "versions": package_versions(),
     }
     saved = run.previous.content if run.previous else {}
-    if run.trainer.is_global_zero:
+    writes = run.trainer.is_global_zero and not run.trainer.fast_dev_run
+    if writes:
         with errors_for_key("folder"):
             truncate_logs(run.trainer, run.folder, saved.get("logs", {}))
     seconds_before = run.previous.result.get("seconds", 0.0) if run.previous else 0.0
@@ -78,6 +82,7 @@ def train(run: Plan) -> dict[str, Any]:
         result["seconds"] = time.perf_counter() - started
         if run.trainer.is_global_zero:
             result |= collect_result(run)
+        if writes:
             write_result(run, result)
     return result
 

@@ -117,7 +117,7 @@ def make_plan(config: DictConfig, typed: Sequence[str]) -> Plan:
     check_config(config)
     folder = choose_folder(config)
     config.folder = str(folder)
-    previous = find_previous_run(folder)
+    previous = None if config.trainer.fast_dev_run else find_previous_run(folder)
     parts = build_parts(config, overrides, previous.settings if previous else {})
     run = Plan(config, overrides, folder, *parts, previous)
     check_resume(run)

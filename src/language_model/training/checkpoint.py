@@ -154,8 +154,7 @@ class LastCheckpoint(Checkpoint):
             for counted in (progress.total, progress.current):
                 counted.processed -= 1
                 counted.completed -= 1
-        if not trainer.fast_dev_run:
-            self.save(trainer)
+        self.save(trainer)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Restore the metrics of a run that was trained already, so that `on_train_start` was not called."""
