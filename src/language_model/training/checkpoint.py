@@ -62,7 +62,8 @@ class LastCheckpoint(Checkpoint):
     and the lengths of the files that these are logged to. And it adds `limits` to the one that is saved at the end, by
     which a run that was killed after it is known to be trained.
 
-    Of several processes, each learns between two steps of a signal that any of them got, and all stop at that step.
+    Several processes tell each other of signals at the steps that are logged, and all stop at the same step: telling
+    waits for the devices.
 
     Args:
         dirpath: the run's folder for checkpoints.
@@ -114,9 +115,10 @@ class LastCheckpoint(Checkpoint):
         if not self._between_steps:
             return
         self._random_state = get_random_state()
-        self._share_signal(trainer)
-        if self.signal is not None:
-            raise SIGTERMException
+        if trainer.world_size == 1 or trainer.global_step % trainer.log_every_n_steps == 0:
+            self._share_signal(trainer)
+            if self.signal is not None:
+                raise SIGTERMException
         step = trainer.global_step
         if step > self._saved_step and (step == 0 or (self.every_n_steps and step % self.every_n_steps == 0)):
             self.save(trainer)
