@@ -157,6 +157,8 @@ def check_network(network: nn.Module, config: DictConfig, data: TokenData) -> No
             network.train(training)
     if not isinstance(logits, torch.Tensor):
         raise ConfigError(f"model: the network returns {type(logits).__name__}; logits {needed}")
+    if "vocab_size" in config.model and logits.shape[-1] < V:
+        raise ConfigError(f"model.vocab_size={config.model.vocab_size}: the tokenizer has {V} tokens")
     fits = logits.is_floating_point() and logits.ndim == 3 and logits.shape[:2] == (B, T) and logits.shape[2] >= V
     if not fits:
         raise ConfigError(f"model: the network returns {tuple(logits.shape)} of {logits.dtype}; logits {needed}")

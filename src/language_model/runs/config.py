@@ -23,6 +23,7 @@ from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseExceptio
 from pydantic import (
     ConfigDict,
     Field,
+    NonNegativeInt,
     PositiveInt,
     PydanticSchemaGenerationError,
     TypeAdapter,
@@ -36,7 +37,7 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.=,+-]*$", max_len
 
 # Keys of the run as a whole, which belong to no node with a _target_.
 SETTINGS: dict[str, Any] = {
-    "name": Name | int | None,
+    "name": Name | NonNegativeInt | None,
     "seed": Annotated[int, Field(ge=0, lt=2**32)],  # numpy's limit
     "resume": Annotated[str, Field(min_length=1)] | int | None,
     "folder": Annotated[str, Field(min_length=1)] | None,
