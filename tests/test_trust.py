@@ -12,6 +12,7 @@ from conftest import Run, run_script
 from language_model.runs.config import ConfigError
 from language_model.runs.folder import read_config
 from language_model.runs.trust import check_offered, harmless_overrides, named_in_conf
+from language_model.sweeps.study import Trials
 
 
 class Evil:
@@ -149,3 +150,16 @@ def test_facts_are_read_as_data(folder: Path, name: str, content: str) -> None:
         assert message.startswith(f"error: run/{name} is damaged") or "trained for 16 steps already" in message
         assert "\n" not in message
     assert {path.name for path in Path().iterdir()} == {"run", "weights.pt"}
+
+
+def test_a_search_takes_no_other_keys_from_its_study(tmp_path: Path) -> None:
+    """A trial that a stranger's study.log calls unfinished would be run with what it says."""
+    optuna = pytest.importorskip("optuna")
+    (tmp_path / "sweep.json").write_text('{"asked": {}, "pruner": {"_target_": "optuna.pruners.NopPruner"}}')
+    spaces = {"optimizer.lr": optuna.distributions.FloatDistribution(1e-4, 1e-1)}
+    theirs = Trials(
+        tmp_path, {"exercise": optuna.distributions.CategoricalDistribution(["{_target_:os.abort}"])}, {}, "min"
+    )
+    number = theirs.study.ask(theirs.spaces).number
+    with pytest.raises(ConfigError, match=r"study\.log is damaged: trial 0 has other keys"):
+        Trials(tmp_path, spaces, {}, "min").values(number)

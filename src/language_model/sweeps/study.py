@@ -73,8 +73,11 @@ class Trials:
         return batch
 
     def values(self, number: int) -> dict[str, str]:
-        """Return a trial's values as text, as in overrides."""
-        return {key: str(value) for key, value in self.study.trials[number].params.items()}
+        """Return a trial's values as text, as in overrides; ConfigError if they are not those of the spaces."""
+        values = self.study.trials[number].params
+        if values.keys() != self.spaces.keys():  # a stranger's study could set any key
+            raise ConfigError(f"{display_path(self._folder / 'study.log')} is damaged: trial {number} has other keys")
+        return {key: str(value) for key, value in values.items()}
 
     def tell(self, number: int, folder: Path) -> None:
         """Report a trial's final value, or how it ended, to the study, unless it was interrupted."""
