@@ -38,7 +38,9 @@ def main(config: DictConfig) -> None:
     setup_logging()
     folder = find_sweep(str(config.sweep))
     rows = summary.read(folder)
-    first = next(iter(read_sweep(folder)["asked"].get(config.by, [])), None)
+    typed = next(iter(read_sweep(folder)["asked"].get(config.by, [])), None)
+    as_typed = (row for row in rows if typed == row.values.get(config.by) or f"{config.by}={typed}" in row.overrides)
+    first = next((row.values.get(config.by) for row in as_typed), None)
     found = compare_settings(
         rows, config.by, first if config.baseline is None else str(config.baseline), config.confidence
     )

@@ -188,6 +188,13 @@ def test_an_archive_that_unpacks_to_more_is_refused(checkpoint: Path) -> None:
         read_checkpoint(checkpoint)
 
 
+def test_no_entry_hides_another_ones_code(checkpoint: Path) -> None:
+    code = pickle.dumps(bytearray(9), protocol=2)
+    write_archive(checkpoint, {"last/x/data.pkl": b"N."} | entries(checkpoint) | {"last/data.pkl": code})
+    with pytest.raises(CheckpointError, match="holds more than numbers, tensors and text: refused"):
+        read_checkpoint(checkpoint)
+
+
 @pytest.mark.parametrize("device", ["meta", "cpu"])
 def test_a_tensor_larger_than_its_storage_is_refused(tmp_path: Path, device: str) -> None:
     torch.save({"weight": torch.zeros(1).expand(10**10)}, tmp_path / "x.ckpt")

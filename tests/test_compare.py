@@ -191,6 +191,7 @@ def test_a_seed_that_lacks_a_combination_is_left_out() -> None:
     assert [tuple(left) for left in found.left_out] == [
         ("rotary", "optimizer.lr=0.1, seed=1", "finished, but others of its seed are missing"),
         ("rotary", "optimizer.lr=0.2, seed=1", "failed"),
+        ("learned", "seed=1", "finished, but not in rotary"),
     ]
 
 
@@ -211,6 +212,7 @@ def test_what_is_left_out_is_named() -> None:
     made[11] = made[11]._replace(values={KEY: "c", "seed": "9"})
     found = compare_settings(made, KEY)
     assert sorted(tuple(left) for left in found.left_out) == [
+        ("a", "seed=3", "finished, but not in c"),
         ("b", "seed=0", "finished, but alone"),
         ("b", "seed=1", "failed"),
         ("b", "seed=2", "pruned"),
@@ -275,6 +277,27 @@ def sweep(tmp_path: Path) -> Path:
     asked = {"model.position": ["learned", "rotary", "none"], "seed": ["0", "1", "2"]}
     (tmp_path / "sweep" / "sweep.json").write_text(json.dumps({"asked": asked}))
     return tmp_path / "sweep"
+
+
+@pytest.mark.parametrize(("typed", "shown"), [("null", "None"), ("[0.9,0.95]", "[0.9, 0.95]")])
+def test_the_baseline_is_the_first_value_typed(
+    sweep: Path, capsys: pytest.CaptureFixture, typed: str, shown: str
+) -> None:
+    """Which the rows do not hold as it was typed."""
+    for file in sweep.glob("*learned*/job.json"):
+        job = json.loads(file.read_text())
+        job |= {"overrides": [f"model.position={typed}"], "values": job["values"] | {"model.position": shown}}
+        file.write_text(json.dumps(job))
+    asked = {"model.position": [typed, "rotary", "none"], "seed": ["0", "1", "2"]}
+    (sweep / "sweep.json").write_text(json.dumps({"asked": asked}))
+    run_script("compare.py", f"sweep={sweep}", "by=model.position")
+    assert f"against {shown}" in capsys.readouterr().out
+
+
+def test_seeds_of_the_baseline_alone_are_left_out_and_named() -> None:
+    baseline = {seed: 1.0 + seed for seed in range(5)}
+    found = compare_settings(rows({"a": baseline, "b": {seed: baseline[seed] + 0.1 for seed in range(3)}}), KEY, "a")
+    assert [(each.setting, each.job) for each in found.left_out] == [("a", "seed=3"), ("a", "seed=4")]
 
 
 def test_the_script(sweep: Path, capsys: pytest.CaptureFixture) -> None:

@@ -22,6 +22,17 @@ def test_folder_names_are_safe_bounded_and_all_different(overrides: list[str]) -
         assert re.fullmatch(r"[\w.=,+-]{1,140}", name)
 
 
+def test_the_latest_run_among_jobs_of_one_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(run, "SWEEPS", tmp_path / "sweeps")
+    for sweep, time in (("a", 100), ("b", 300), ("c", 200)):
+        file = tmp_path / "sweeps" / sweep / "seed=1" / "config.yaml"
+        file.parent.mkdir(parents=True)
+        file.touch()
+        os.utime(file, (time, time))
+    assert run.find_run("run", "latest").parent.name == "b"
+
+
 def test_plain_overrides_are_their_own_folder_name() -> None:
     assert run.safe_folder_name("optimizer.lr=1e-2,seed=1") == "optimizer.lr=1e-2,seed=1"
     assert run.safe_folder_name("") == "defaults"

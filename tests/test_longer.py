@@ -91,9 +91,19 @@ def test_a_run_that_is_cut_short_says_that_its_rate_has_not_decayed(train, tmp_p
     assert torch.load(cut.folder / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 18
 
 
+def test_a_schedule_longer_than_the_epochs_offers_a_command_that_works(train) -> None:
+    cut = train(*EVERY_STEP, "total_steps=72")
+    (command,) = (line for line in cut.output.splitlines() if "cooldown_start=16" in line)
+    train(*command.partition("scripts/train.py ")[2].split(), tiny=False, name=None)
+    assert torch.load(cut.folder / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 18
+
+
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
+        (["trainer.overfit_batches=2", "trainer.val_check_interval=3"], "trainer.val_check_interval=3: an epoch has 2"),
+        (["trainer.overfit_batches=0.01"], "trainer.overfit_batches=0.01: leaves none of an epoch's 35"),
+        (["trainer.limit_val_batches=0.5"], "trainer.limit_val_batches=0.5: leaves none of the 1 validation batches"),
         (["trainer.val_check_interval=36"], "trainer.val_check_interval=36: an epoch has 35 batches; allowed: 1 to 35"),
         (["trainer.val_check_interval=0.01"], "trainer.val_check_interval=0.01: less than one of an epoch's 35"),
         (

@@ -1,5 +1,6 @@
 """Runs of earlier versions, and what may change on resume; test_train.py resumes runs of this version."""
 
+import errno
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
+import lightning as L
 import pytest
 import torch
 from conftest import TINY, Run
@@ -24,7 +26,8 @@ from language_model.runs.folder import read_config, read_settings
 from language_model.runs.moved_names import MODULES, MOVED, with_current_names
 from language_model.runs.records import read_result
 from language_model.runs.resume import can_change_on_resume
-from language_model.training.callbacks import RestoreBest, Sample
+from language_model.training.callbacks import BestCheckpoint, RestoreBest, Sample
+from language_model.training.log_files import read_rows
 
 # A run of commit 0a1ae00 (before the package had folders), killed in its last epoch. Where it was written stands as
 # PROJECT, FOLDER and CACHE in its config.
@@ -74,6 +77,16 @@ def test_with_its_dropout_it_resumes_to_what_it_would_have_come_to(
     earlier = next((HALF_RUN / "tensorboard").iterdir())
     assert (half_run / earlier.name).is_file()  # moved to where event files are now
     assert not list((half_run / "tensorboard").iterdir())
+
+
+def test_it_knows_its_best_value(train, half_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which that version saved under the name of Lightning's class."""
+    content = torch.load(half_run / "checkpoints" / "last.ckpt", weights_only=True)["callbacks"]
+    (saved,) = (state["best_model_score"] for key, state in content.items() if "n_epochs': 1," in key)
+    restored = []
+    monkeypatch.setattr(BestCheckpoint, "on_train_start", lambda self, *_: restored.append(self.best_model_score))
+    train(f"resume={half_run}", name="half", tiny=False)
+    assert restored == [saved]
 
 
 def test_another_setting_of_an_earlier_version_is_refused(train, half_run: Path) -> None:
@@ -155,9 +168,16 @@ def files_of_training(folder: Path) -> dict[str, bytes]:
 
 EARLY = ["trainer.max_epochs=20", "callbacks.early_stopping.patience=2", "callbacks.early_stopping.min_delta=100"]
 INSIDE_AN_EPOCH = ["trainer.max_epochs=-1", "trainer.max_steps=11"]
+VALIDATED = ["data.val_fraction=0.3", "model.dropout=0.3"]
+# Where no validation was due, so that one is made after the last epoch.
+EARLY_BETWEEN_VALIDATIONS = [*EARLY, *VALIDATED, "monitor=train/loss_epoch", "trainer.check_val_every_n_epoch=7"]
 
 
-@pytest.mark.parametrize("ends_by", [[], EARLY, INSIDE_AN_EPOCH], ids=["epochs", "early", "steps"])
+@pytest.mark.parametrize(
+    "ends_by",
+    [[], EARLY, INSIDE_AN_EPOCH, EARLY_BETWEEN_VALIDATIONS],
+    ids=["epochs", "early", "steps", "early, between validations"],
+)
 @pytest.mark.parametrize("by_resume", [False, True])
 def test_a_trained_run_that_failed_in_its_last_sample_is_concluded(
     train, monkeypatch: pytest.MonkeyPatch, ends_by: list[str], by_resume: bool
@@ -171,6 +191,7 @@ def test_a_trained_run_that_failed_in_its_last_sample_is_concluded(
     trained = files_of_training(folder)
     again = [f"resume={folder}"] if by_resume else ends_by
     run = train(*again, tiny=not by_resume)
+    assert ("val/loss" in run.result["metrics"]) == (ends_by == EARLY_BETWEEN_VALIDATIONS)
     assert "it is trained: what comes after the training is left" in run.output
     assert files_of_training(folder) == trained
     assert hparams_entries(folder) == hparams_entries(whole.folder) == 1
@@ -354,6 +375,84 @@ def test_a_flipped_bit_in_a_checkpoint_is_found(train) -> None:
         flip_a_bit(file)
     with pytest.raises(SystemExit, match=r"^error: .*no checkpoint to resume from; remove .* to start again$"):
         train("total_steps=24", "trainer.max_epochs=4")
+
+
+def figures(run: Run) -> list[dict[str, str]]:
+    """The rows of metrics.csv, without the speed."""
+    return [
+        {name: value for name, value in row.items() if name != "train/tokens_per_sec"}
+        for row in read_rows(run.folder / "metrics.csv")
+        if row["train/tokens_per_sec"] == "" or row["train/loss"]
+    ]
+
+
+def assert_same_weights(run: Run, other: Run) -> None:
+    weights, theirs = (each.checkpoint("last")["state_dict"] for each in (run, other))
+    assert all(torch.equal(weights[name], theirs[name]) for name in weights)
+
+
+class Failing(L.Callback):
+    """Fails in a hook, as for a full disk, after a number of steps."""
+
+    def __init__(self, hook: str, step: int) -> None:
+        def fail(trainer: L.Trainer, *_: object) -> None:
+            if trainer.global_step >= step:
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+        setattr(self, hook, fail)
+
+
+@pytest.mark.parametrize("hook", ["on_train_batch_end", "on_validation_end", "on_train_epoch_end"])
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_a_run_that_failed_after_a_step_goes_on_as_if_it_had_not(train, hook: str, accumulated: int) -> None:
+    same = [
+        *VALIDATED, f"trainer.accumulate_grad_batches={accumulated}", "trainer.val_check_interval=3",
+        "trainer.log_every_n_steps=1", "callbacks.last.every_n_steps=2",
+    ]  # fmt: skip
+    whole = train(*same, name="whole")
+    failing = f"+callbacks.failing={{_target_:test_resume.Failing,hook:{hook},step:3}}"
+    with pytest.raises(SystemExit, match="the disk is full"):
+        train(*same, failing)
+    run = train(*same)
+    assert "resuming from" in run.output
+    assert_same_weights(run, whole)
+    assert figures(run) == figures(whole)
+
+
+@pytest.mark.parametrize(
+    "ends_by",
+    [["trainer.max_epochs=-1", "trainer.max_steps=7", "trainer.val_check_interval=3"], ["trainer.max_epochs=1"]],
+    ids=["inside an epoch", "at its end"],
+)
+def test_a_run_goes_on_from_its_best_checkpoint_to_the_same_weights(train, ends_by: list[str]) -> None:
+    """Which is saved in the middle of what Lightning does after a step."""
+    same = [*VALIDATED, "total_steps=16"]
+    whole = train(*same, name="whole")
+    first = train(*same, *ends_by)
+    assert first.checkpoint("best")["global_step"] == first.result["steps"]
+    flip_a_bit(first.folder / "checkpoints" / "last.ckpt")
+    longer = train(*same, *ends_by, "trainer.max_epochs=2", "trainer.max_steps=16")
+    assert "resuming from " in longer.output
+    assert "best.ckpt" in longer.output
+    assert_same_weights(longer, whole)
+
+
+@pytest.mark.parametrize("from_best", [False, True])
+def test_a_run_that_stopped_inside_an_accumulation_goes_on_with_all_batches_of_the_step(train, from_best: bool) -> None:
+    same = [
+        *VALIDATED, "total_steps=8", "trainer.limit_train_batches=16", "trainer.accumulate_grad_batches=4",
+        "trainer.val_check_interval=5", "trainer.log_every_n_steps=1",
+    ]  # fmt: skip
+    whole = train(*same, "callbacks.early_stopping=null", name="whole")
+    stopped = train(*same, "callbacks.early_stopping.patience=1", "callbacks.early_stopping.min_delta=100")
+    assert stopped.result["unfinished_epoch"]["steps"] == 3  # the last of them not taken
+    assert stopped.result["steps"] == stopped.checkpoint("best")["global_step"] == 2
+    if from_best:
+        flip_a_bit(stopped.folder / "checkpoints" / "last.ckpt")
+    longer = train(*same, "callbacks.early_stopping=null")
+    assert_same_weights(longer, whole)
+    assert longer.column("train/loss") == whole.column("train/loss")
+    assert longer.losses == whole.losses
 
 
 def started_on_two_processes(folder: Path, corpora: str, *overrides: str) -> subprocess.Popen[str]:

@@ -380,6 +380,9 @@ def test_a_quick_test_writes_nothing(train, tmp_path: Path, capsys: pytest.Captu
     assert "for 1 steps" in said
     assert "nothing is written: trainer.fast_dev_run" in said
     assert list(tmp_path.iterdir()) == []
+    broken = ["optimizer=sgd", "optimizer.lr=1e30", "optimizer.fused=false", "schedule=constant"]
+    refused(train, "trainer.fast_dev_run=5", "trainer.precision=32-true", *broken, f"folder={tmp_path / 'run'}")
+    assert list(tmp_path.iterdir()) == []
     run = train()
     before = {file: file.stat().st_mtime_ns for file in run.folder.rglob("*")}
     train("trainer.fast_dev_run=true", "trainer.max_epochs=3")  # a run of this name is not resumed

@@ -19,6 +19,7 @@ from language_model.runs.records import read_job
 from language_model.terminal import log
 from language_model.training.hardware import describe_device
 from language_model.training.module import LanguageModel, NonFiniteError
+from language_model.training.schedule import limit_that_counts, limited
 
 # Settings that TensorBoard's HPARAMS lists, besides those that a sweep varies, and the exceptions.
 TUNED = (
@@ -39,13 +40,14 @@ def log_start(run: Plan) -> float:
     devices = f" × {trainer.world_size}" if trainer.world_size > 1 else ""
     epochs = f", {trainer.max_epochs} epochs" if (trainer.max_epochs or -1) > 0 else ""
     total = f"{run.steps:,} in all" if run.steps else "no limit"
+    batches = limited(len(data.train_batch_sampler()), limit_that_counts(config.trainer, "train")[1])
     tokens = data.batch_size * data.seq_len * trainer.world_size * trainer.accumulate_grad_batches
     split = f" and {data.num_val_tokens:,} for validation" if data.has_validation else ""
     lines = {
         "device": f"{describe_device(device)}{devices}, {', '.join(describe_arithmetic(config))}",
         "corpus": f"{data.name}: {data.num_train_tokens:,} tokens{split}, vocabulary {data.tokenizer.vocab_size:,}",
         "windows": f"{data.train_batch_sampler().num_windows:,} of {data.seq_len} tokens, stride {data.stride}",
-        "steps": f"{len(data.train_dataloader()):,} batches an epoch, {total}{epochs}, {tokens:,} tokens a step",
+        "steps": f"{batches:,} batches an epoch, {total}{epochs}, {tokens:,} tokens a step",
         "model": f"{sum(p.numel() for p in run.module.network.parameters()):,} parameters",
         "loss": f"uniform baseline ln {data.tokenizer.vocab_size} = {uniform:.4f}, untrained {untrained:.4f}",
         "folder": display_path(run.folder),
@@ -156,6 +158,7 @@ def log_undecayed(config: DictConfig, result: dict[str, Any]) -> None:
     steps, rate, total = result["steps"], result["undecayed"]["lr"], result["undecayed"]["total_steps"]
     more = max(2, steps // 8)
     overrides = [f"trainer.max_steps={steps + more}", f"total_steps={total}", f"cooldown_start={steps}"]
+    overrides += ["trainer.max_epochs=-1"] if config.trainer.max_epochs > 0 else []
     overrides += ["callbacks.early_stopping=null"] if "stopped_early" in result else []
     overrides += ["trainer.max_time=null"] if config.trainer.max_time else []
     log.info("")
@@ -192,9 +195,11 @@ def log_failure(run: Plan, error: Exception) -> None:
         file = run.folder / "nonfinite.json"
         texts = [run.module.tokenizer.decode(row) for row in error.tokens.tolist()]
         facts = {"step": error.step, "lr": error.lr, "loss": error.loss, "grad_norm": error.grad_norm, "texts": texts}
-        if run.trainer.is_global_zero:
+        where = ""
+        if run.trainer.is_global_zero and not run.trainer.fast_dev_run:
             write_json(file, facts)
-        log.warning(f"the batch begins with {texts[0][:60]!r}; all of it is in {display_path(file)}")
+            where = f"; all of it is in {display_path(file)}"
+        log.warning(f"the batch begins with {texts[0][:60]!r}{where}")
     elif not isinstance(error, OSError | ConfigError):  # which is said at the end
         log.warning(f"{type(error).__name__}: {one_line(str(error))}")
     if (run.folder / "checkpoints" / "last.ckpt").exists():

@@ -16,7 +16,7 @@ from language_model.runs.monitor import MonitorCheck, monitored
 from language_model.terminal import log
 from language_model.training import hardware
 from language_model.training.module import LanguageModel
-from language_model.training.schedule import limited, steps_in_run, with_cooldown
+from language_model.training.schedule import limit_that_counts, limited, steps_in_run, with_cooldown
 
 
 def build_data(config: DictConfig) -> TokenData:
@@ -80,11 +80,11 @@ def build_trainer(config: DictConfig) -> tuple[dict[str, Callback], L.Trainer]:
 def choose_steps(config: DictConfig, data: TokenData) -> int | None:
     """Return the optimizer steps of the run (None: no limit); fills in ``total_steps``, which the schedule spans."""
     settings = config.trainer
-    limit = settings.overfit_batches or settings.limit_train_batches  # Lightning's order
+    key, limit = limit_that_counts(settings, "train")
     with errors_for_key("data", parameters=config.data):
         batches = len(data.train_batch_sampler())
     if limited(batches, limit) < 1:
-        raise ConfigError(f"trainer.limit_train_batches={limit}: leaves none of an epoch's {batches:,} batches")
+        raise ConfigError(f"trainer.{key}={limit}: leaves none of an epoch's {batches:,} batches")
     steps = steps_in_run(batches, settings.max_epochs, settings.max_steps, limit, settings.accumulate_grad_batches)
     config.total_steps = steps if config.total_steps is None else config.total_steps
     if config.total_steps is None and "total_steps" in config.schedule:
@@ -111,14 +111,19 @@ def choose_warmup(config: DictConfig, overrides: Sequence[str], before: dict[str
 
 
 def check_validation_interval(config: DictConfig, data: TokenData) -> None:
-    """Raise ConfigError for an interval that is less than a batch, or, within epochs, longer than an epoch.
+    """Raise ConfigError for a share or an interval of less than a batch, or an interval longer than an epoch.
 
     Across epochs it may be longer than the run, which validates after its last step in any case.
     """
     settings = config.trainer
-    if not data.has_validation or settings.limit_val_batches == 0:
+    key, limit = limit_that_counts(settings, "val")
+    if not data.has_validation or limit == 0:
         return
-    batches = limited(len(data.train_batch_sampler()), settings.limit_train_batches)
+    if limited(len(data.val_dataloader()), limit) < 1:
+        raise ConfigError(
+            f"trainer.{key}={limit}: leaves none of the {len(data.val_dataloader()):,} validation batches"
+        )
+    batches = limited(len(data.train_batch_sampler()), limit_that_counts(settings, "train")[1])
     interval, epochs = settings.val_check_interval, settings.check_val_every_n_epoch
     if epochs is None:
         return

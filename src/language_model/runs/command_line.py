@@ -72,6 +72,9 @@ LAUNCHERS = {
     "submitit_local": "hydra-submitit-launcher",
 }
 
+# Environment variable of the processes that print an error as one line, though HYDRA_FULL_ERROR is set.
+ONE_LINE = "LANGUAGE_MODEL_ONE_LINE"
+
 # The options that Hydra has; all else is key=value.
 OPTIONS = (
     "-h", "--help", "--hydra-help", "--version", "-c", "--cfg", "--resolve", "-p", "--package", "-r", "--run", "-m",
@@ -94,7 +97,8 @@ def entry_point(
         literal: keys whose values are taken as text, whatever characters they contain.
     """
 
-    traceback_wanted = os.environ.get("HYDRA_FULL_ERROR", "0") != "0"
+    # Lightning's further processes inherit it from the one that sets it below.
+    traceback_wanted = os.environ.get("HYDRA_FULL_ERROR", "0") != "0" and ONE_LINE not in os.environ
 
     def decorate(task: Callable[[DictConfig], None]) -> Callable[[], None]:
         @functools.wraps(task)
@@ -108,7 +112,10 @@ def entry_point(
             sys.argv[1:] = [quote_override(argument, literal) for argument in sys.argv[1:]]
             if traceback_wanted:
                 return hydra_main()
-            os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise instead of printing several lines
+            os.environ |= {
+                "HYDRA_FULL_ERROR": "1",
+                ONE_LINE: "1",
+            }  # makes Hydra raise instead of printing several lines
             try:
                 hydra_main()
             except KeyboardInterrupt:
@@ -119,6 +126,7 @@ def entry_point(
                 sys.exit(f"error: {explain_error(error, config_name, sys.argv[1:])}")
             finally:
                 os.environ["HYDRA_FULL_ERROR"] = "0"
+                del os.environ[ONE_LINE]
 
         return main
 
@@ -135,7 +143,7 @@ def run_task(task: Callable[[DictConfig], None], config: DictConfig, traceback_w
             raise  # the sweep continues with its other jobs and ends with the first error
         if traceback_wanted:
             raise
-        sys.exit(f"error: {error}")
+        sys.exit(1 if int(os.environ.get("LOCAL_RANK", "0")) else f"error: {error}")  # the first process says it
 
 
 def check_options(arguments: Sequence[str]) -> None:

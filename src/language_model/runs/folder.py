@@ -47,13 +47,14 @@ def all_runs() -> list[Path]:
 
 def find_run(key: str, run: str) -> Path:
     """Return the folder of a run, given as a folder, a name, or ``latest``; ConfigError (naming `key`) if none is."""
-    runs = {folder.name: folder for folder in all_runs()}
+    runs = all_runs()
     if run == "latest" and runs:
-        return max(runs.values(), key=lambda folder: modified_time(folder / "config.yaml"))
+        return max(runs, key=lambda folder: modified_time(folder / "config.yaml"))
     for folder in (Path(run), RUNS / run):
         if (folder / "config.yaml").is_file():
             return folder.resolve()
-    raise ConfigError(f"{key}={run}: no such run; give a run's folder or name, or latest{did_you_mean(run, runs)}")
+    names = dict.fromkeys(folder.name for folder in runs)
+    raise ConfigError(f"{key}={run}: no such run; give a run's folder or name, or latest{did_you_mean(run, names)}")
 
 
 def read_config(folder: Path) -> DictConfig:

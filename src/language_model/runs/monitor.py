@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from language_model.data.datamodule import TokenData
 from language_model.files import ROOT
 from language_model.runs.config import ConfigError, did_you_mean
+from language_model.training.schedule import limit_that_counts
 
 Mode = Literal["min", "max"]
 
@@ -28,7 +29,7 @@ def choose_monitor(config: DictConfig, data: TokenData) -> None:
 
     ConfigError for a metric that nothing logs, here or for one callback, or whose mode is not known or not possible.
     """
-    validates = data.has_validation and config.trainer.limit_val_batches != 0
+    validates = data.has_validation and limit_that_counts(config.trainer, "val")[1] != 0
     known = [*VALIDATION_METRICS, TRAINING_METRIC] if validates else [TRAINING_METRIC]
     groups = ("val/", "train/") if validates else ("train/",)
     allowed = groups if has_own_callback(config) else ()  # which may log any metric

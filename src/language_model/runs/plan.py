@@ -9,6 +9,7 @@ No run folder is created while a plan is made, so a mistake in the settings leav
     result = fit(run)
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -133,8 +134,13 @@ def rehearse(config: DictConfig, overrides: Sequence[str]) -> None:
     check_config(config)
     config.trainer.update(accelerator="cpu", devices=1, num_nodes=1, strategy="auto", precision="32-true")
     config.compile, config.folder = False, str(RUNS / "rehearsed")
-    with torch.random.fork_rng(devices=[]):
-        build_parts(config, overrides, {})
+    level = log.level
+    log.setLevel(logging.WARNING)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            build_parts(config, overrides, {})
+    finally:
+        log.setLevel(level)
 
 
 def build_parts(

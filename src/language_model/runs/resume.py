@@ -20,7 +20,7 @@ from language_model.runs.folder import find_run, lock_folder, read_settings, rea
 from language_model.runs.load import difference, load_checkpoint
 from language_model.runs.moved_names import with_current_names
 from language_model.runs.records import read_result
-from language_model.runs.trust import check_offered, harmless_overrides
+from language_model.runs.trust import check_offered, check_overrides, stay_in_folder
 from language_model.terminal import log
 from language_model.training.module import LanguageModel
 
@@ -78,10 +78,12 @@ def resolve_resume(config: DictConfig, typed: Sequence[str]) -> tuple[DictConfig
     file = folder / "overrides.yaml"
     saved = with_current_names([str(override) for override in read_yaml(file) or []])
     kept = [old for old in saved if override_key(old) not in map(override_key, typed)]
-    overrides = [*harmless_overrides(kept, file), *typed]
+    check_overrides(kept, file)
+    overrides = [*kept, *typed]
     config = compose(overrides)
     check_offered(OmegaConf.to_container(config), display_path(file), typed)  # type: ignore[arg-type]  # a dict
     config.folder = str(folder)
+    stay_in_folder(config, folder, file, typed)
     return config, overrides
 
 

@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from omegaconf import DictConfig
 
 from language_model.files import ROOT, display_path
-from language_model.runs.config import ConfigError
-from language_model.terminal import log
+from language_model.runs.command_line import override_key
+from language_model.runs.config import ConfigError, as_dict, flatten
 
-# Keys whose values are folders that a run writes to, besides its own.
-WRITTEN = re.compile(r"(^|\.)(dirpath|save_dir|default_root_dir)$")
+FOLDER_KEYS = (".dirpath", ".save_dir", ".default_root_dir")
 
 
 def check_offered(settings: dict[str, Any], where: str, typed: Sequence[str] = ()) -> None:
@@ -45,23 +45,35 @@ def check_offered(settings: dict[str, Any], where: str, typed: Sequence[str] = (
             )
 
 
-def harmless_overrides(saved: Sequence[str], file: Path) -> list[str]:
-    """Return the overrides in a run's `file` without a ``data.cache`` that holds no corpora.
-
-    ConfigError for one by which resuming would read the environment, or write outside the run's folder.
-    """
-    kept = []
+def check_overrides(saved: Sequence[str], file: Path) -> None:
+    """Raise ConfigError for an override in a run's `file` that could change what Hydra reads, or call a resolver."""
     for override in saved:
         key, _, value = override.partition("=")
-        if key == "data.cache" and not any(Path(value.strip("'\"")).glob("*/corpus.json")):
-            log.info(f"cache    {override} of {display_path(file)} is left out: no corpora are there")
-            continue
-        if key.lstrip("+~").startswith("hydra") or "${oc." in override or WRITTEN.search(key):
+        is_path = (ROOT / "conf" / key.lstrip("+~")).is_dir() and ("/" in value or ".." in value)
+        if key.lstrip("+~").startswith("hydra") or is_path or re.search(r"\$\{[^}]*:", value):
             raise ConfigError(
-                f"{override} in {display_path(file)}: could reach outside the run's folder: refused, unless you type it"
+                f"{override} in {display_path(file)}: could read outside the run's folder: refused, unless you type it"
             )
-        kept.append(override)
-    return kept
+
+
+def stay_in_folder(config: DictConfig, folder: Path, file: Path, typed: Sequence[str]) -> None:
+    """Raise ConfigError for a setting in a run's `file` by which resuming would write outside the run's `folder`.
+
+    A ``data.cache`` that holds no corpora is replaced by the checkout's own. What was `typed` may be anywhere.
+    """
+    mine = tuple(override_key(override) for override in typed)
+    for key, value in flatten(as_dict(config)).items():
+        writes = key.startswith(("callbacks.", "logger.", "checkpoint_io.", "trainer."))
+        if not writes or key.startswith(mine) or not isinstance(value, str):
+            continue
+        is_path = value.startswith(("/", "~")) or ".." in Path(value).parts or key.endswith(FOLDER_KEYS)
+        if is_path and not Path(value).expanduser().resolve().is_relative_to(folder):
+            raise ConfigError(
+                f"{key}={value} in {display_path(file)}: is outside the run's folder: refused, unless you type it"
+            )
+    cache = config.data.get("cache")
+    if cache and "data.cache" not in mine and not any(Path(cache).glob("*/corpus.json")):
+        config.data.cache = str(ROOT / "outputs" / "corpora")
 
 
 def targets(settings: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], str]]:

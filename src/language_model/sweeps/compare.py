@@ -167,10 +167,9 @@ def compare_settings(
     for name in (name for name in others if name not in compared):
         left_out += [LeftOut(name, f"{SEED}={seed}", "finished, but alone") for seed in values[name]]
     for one in (one for one in found if one.paired):
-        alone = values[one.setting].keys() - values[baseline].keys()
-        left_out += [
-            LeftOut(one.setting, f"{SEED}={seed}", f"finished, but not in {baseline}") for seed in sorted(alone)
-        ]
+        for name, other in ((one.setting, baseline), (baseline, one.setting)):
+            alone = sorted(values[name].keys() - values[other].keys())
+            left_out += [LeftOut(name, f"{SEED}={seed}", f"finished, but not in {other}") for seed in alone]
     mean = statistics.fmean(values[baseline].values())
     return Comparisons(metrics(rows)[0], mode, baseline, mean, len(values[baseline]), also, found, left_out)
 

@@ -17,7 +17,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from language_model.files import ROOT
-from language_model.runs.command_line import quote_override
+from language_model.runs.command_line import ONE_LINE, quote_override
 from language_model.runs.records import read_job, update_job
 from language_model.sweeps import summary
 from language_model.terminal import JOB_LABEL
@@ -75,7 +75,8 @@ def start_process(folder: Path, launcher: str, environment: dict[str, str], stde
     """Start the process of a job."""
     job = read_job(folder)
     variables = {**os.environ, **environment, JOB_LABEL: job["label"]}
-    variables.pop("HYDRA_FULL_ERROR", None)  # `entry_point` sets it while Hydra runs
+    for name in ("HYDRA_FULL_ERROR", ONE_LINE):  # `entry_point` sets them while Hydra runs
+        variables.pop(name, None)
     script, folder_override = ROOT / "scripts" / "train.py", quote_override(f"folder={folder}", ("folder",))
     return subprocess.Popen(
         [sys.executable, str(script), *job["overrides"], folder_override, "hydra.mode=RUN"],

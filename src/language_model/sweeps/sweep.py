@@ -103,7 +103,9 @@ class Sweep:
         """Return a job for each combination of values: in its folder if it has one, else in one named by its values."""
         # A setting that can change on resume does not make another job, unless it is swept over.
         ignored = {key for key, values in asked.items() if len(values) == 1 and can_change_on_resume(key)}
-        swept = [key for key, values in asked.items() if len(values) > 1] or list(asked.keys() - ignored)
+        swept = [key for key, values in asked.items() if len(values) > 1] or [
+            key for key in asked if key not in ignored
+        ]
 
         def identity(overrides: list[str]) -> frozenset[str]:
             return frozenset(override for override in overrides if override.partition("=")[0] not in ignored)

@@ -56,7 +56,7 @@ def check_archive(file: Path) -> None:
             if packed or sum(entry.file_size for entry in entries) > file.stat().st_size:  # torch does not compress
                 raise CheckpointError(f"{name} would unpack to more than its size: refused")
             different = archive.testzip()
-            code = next((archive.read(entry) for entry in entries if entry.filename.endswith("/data.pkl")), b"")
+            code = b"".join(archive.read(entry) for entry in entries if entry.filename.endswith("data.pkl"))
             if different or len(entries) != len({entry.filename for entry in entries}):
                 raise CheckpointError(f"{name} is damaged: the checksum of {different or 'an entry'} differs")
     except CheckpointError:

@@ -33,7 +33,7 @@ class EventLogger(TensorBoardLogger):
 
     def __init__(self, save_dir: str) -> None:
         super().__init__(save_dir, name="", version="", default_hp_metric=False)
-        threading.excepthook = print_traceback
+        threading.excepthook = print_traceback_unless_of_event_writer
 
     def log_metrics(self, metrics: Any, step: int | None = None) -> None:
         """Add metrics; those in `WATCHED` as ``watch/<name>``, the number of the epoch not at all."""
@@ -51,7 +51,7 @@ class EventLogger(TensorBoardLogger):
         self.experiment.flush()
 
 
-def print_traceback(failed: threading.ExceptHookArgs) -> None:
+def print_traceback_unless_of_event_writer(failed: threading.ExceptHookArgs) -> None:
     """Do as Python does, but for TensorBoard's thread: what it failed to write, it says to the main thread."""
     if type(failed.thread).__name__ != "_AsyncWriterThread":
         threading.__excepthook__(failed)

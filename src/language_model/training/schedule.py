@@ -4,7 +4,8 @@ The step is the first argument; ``conf/schedule`` sets the others.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
 
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
@@ -79,6 +80,12 @@ def steps_in_run(
     if max_epochs is not None and max_epochs >= 0:
         ends.append(max_epochs * math.ceil(limited(batches, limit_train_batches) / accumulate_grad_batches))
     return min(ends, default=None)
+
+
+def limit_that_counts(trainer: Mapping[str, Any], split: Literal["train", "val"]) -> tuple[str, float]:
+    """Return the key and the value of the trainer's setting that limits an epoch's batches: overfit_batches, if set."""
+    key = "overfit_batches" if trainer["overfit_batches"] else f"limit_{split}_batches"
+    return key, trainer[key]
 
 
 def limited(batches: int, limit: float | None) -> int:
