@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import Callback, EarlyStopping
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 
 from language_model.terminal import log
 from language_model.training.checkpoint_file import read_checkpoint
@@ -24,8 +24,9 @@ class RestoreBest(Callback):
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Restore them, after the last weights were saved."""
-        stopped = any(isinstance(c, EarlyStopping) and c.stopped_epoch for c in trainer.callbacks)
-        best = next((c.best_model_path for c in trainer.callbacks if getattr(c, "best_model_path", "")), "")
+        stopped = any(isinstance(c, EarlyStopping) and c.stopping_reason_message for c in trainer.callbacks)
+        kept = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.monitor]
+        best = next((c.best_model_path for c in kept if c.best_model_path), "")
         if stopped and best:
             content = read_checkpoint(Path(best), "cpu")
             pl_module.load_state_dict(content["state_dict"])
