@@ -21,6 +21,7 @@ from language_model.data.windows import check_validation
 from language_model.files import display_path, write_json
 from language_model.runs.command_line import entry_point
 from language_model.runs.config import ConfigError, build, check_values, errors_for_key
+from language_model.runs.folder import safe_folder_name
 from language_model.runs.load import LoadedRun, load_checkpoint, load_run
 from language_model.terminal import setup_logging, terminal
 from language_model.training.hardware import find_device
@@ -50,6 +51,7 @@ def main(config: DictConfig) -> None:
         data, measured = run_data(loaded, config.data.cache)
     else:
         data, measured = whole_text(config.data.path, loaded, config.data.cache), "the whole text"
+        output = output if config.output else output.with_name(f"evaluation-{safe_folder_name(data.name)}.json")
     figures, num_tokens = evaluate(loaded, data, config.accelerator)
     step = load_checkpoint(loaded.checkpoint)["global_step"]
     terminal.print(f"{display_path(loaded.checkpoint)}, step {step:,}, on {data.name}, {measured}", soft_wrap=True)

@@ -167,9 +167,13 @@ def test_a_best_checkpoint_that_was_removed_is_missed(trained: Run) -> None:
 def test_a_checkpoint_of_another_network_is_refused_in_one_line(
     trained: Run, shared_run: Run, script, name: str
 ) -> None:
-    other = shared_run.folder / "checkpoints" / "last.ckpt"
+    theirs = shared_run.folder / "checkpoints" / "last.ckpt"
+    assert f"of another run than {trained.folder}: add run={shared_run.folder}" in refused(
+        script, name, f"run={trained.folder}", f"checkpoint={theirs}"
+    )
+    other = shutil.copy(theirs, trained.folder / "other.ckpt")
     message = refused(script, name, f"run={trained.folder}", f"checkpoint={other}")
-    assert "last.ckpt belongs to another network: " in message
+    assert "other.ckpt belongs to another network: " in message
     assert re.search(r": \S+ has the shape \(43, 16\) there and \(\d+, 16\) here$", message)
 
 

@@ -22,7 +22,7 @@ def test_every_step_of_a_longer_run_has_the_rate_of_the_new_schedule(train) -> N
     assert train(*EVERY_STEP).column("lr") == pytest.approx(rates(16, 16))
     longer = train(*EVERY_STEP, "trainer.max_epochs=4")
     assert longer.column("lr") == pytest.approx(rates(16, 16) + rates(32, 32)[16:])
-    warning = "the schedule is stretched from 16 to 32 steps: at step 16 the learning rate rises from 1e-05 to 0.00056."
+    warning = "at step 16 the learning rate rises from 1e-05 to 0.00056: the schedule is stretched from 16 to 32 steps."
     assert warning in longer.output
     assert "To keep it at 1e-05: total_steps=16" in longer.output
 
@@ -35,6 +35,12 @@ def test_what_the_warning_offers(train, cooldown: bool) -> None:
     assert "the schedule is stretched" not in longer.output
     expected = [1e-5 * (16 - i) / 16 if cooldown else 1e-5 for i in range(16)]
     assert longer.column("lr")[16:] == pytest.approx(expected)
+
+
+def test_a_rate_that_rises_after_a_cooldown_is_said(train) -> None:
+    train(*EVERY_STEP, "total_steps=32", "cooldown_start=8")
+    longer = train(*EVERY_STEP, "total_steps=32", "cooldown_start=8", "trainer.max_epochs=3")
+    assert "at step 16 the learning rate rises from 0 to 0.0004" in longer.output
 
 
 def test_a_cooldown_falls_from_the_rate_of_its_start_to_zero() -> None:

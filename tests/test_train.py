@@ -37,7 +37,7 @@ def test_a_run_says_what_it_does_and_leaves_a_whole_folder(shared_run: Run) -> N
     for line in (
         "corpus   sonnets.txt: 1,331 tokens, vocabulary 43",
         "windows  1,315 of 16 tokens, stride 1",
-        "steps    41 batches an epoch, 16 in all, 2 epochs, 512 tokens a step",
+        "steps    8 of 41 batches an epoch, 16 in all (2 epochs), 512 tokens a step",
         "loss     uniform baseline ln 43 = 3.7612, untrained 3.7",
         "Epoch   0 | Loss: ",
         "Epoch   1 | Loss: ",
@@ -377,8 +377,8 @@ def test_a_strange_start_is_warned_of(train, monkeypatch: pytest.MonkeyPatch) ->
 def test_a_quick_test_writes_nothing(train, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     train("trainer.fast_dev_run=true", f"folder={tmp_path / 'run'}", name=None)
     said = capsys.readouterr().out
-    assert "for 1 steps" in said
-    assert "nothing is written: trainer.fast_dev_run" in said
+    assert "1 in all, as trainer.fast_dev_run says" in said
+    assert "folder   none, as trainer.fast_dev_run says" in said
     assert list(tmp_path.iterdir()) == []
     broken = ["optimizer=sgd", "optimizer.lr=1e30", "optimizer.fused=false", "schedule=constant"]
     refused(train, "trainer.fast_dev_run=5", "trainer.precision=32-true", *broken, f"folder={tmp_path / 'run'}")

@@ -92,6 +92,11 @@ def test_so_do_overrides_when_a_run_resumes(folder: Path, what: str) -> None:
         ),
         ("+logger.csv.file=~/x", "logger.csv.file=~/x in run/overrides.yaml: is outside the run's folder"),
         ("data.path=${oc.env:HOME}", "data.path=${oc.env:HOME} in run/overrides.yaml: could read outside"),
+        ("data.field=${${name}.env:HOME}", "data.field=${${name}.env:HOME} in run/overrides.yaml: could read outside"),
+        (
+            "callbacks.sample='${ oc.create:{_target_:torch.load,f:weights.pt,weights_only:false}}'",
+            "in run/overrides.yaml: could read outside",
+        ),
         ("data.field=${ oc.env:HOME}", "data.field=${ oc.env:HOME} in run/overrides.yaml: could read outside"),
         ("hydra.searchpath=[file://x]", "hydra.searchpath=[file://x] in run/overrides.yaml: could read outside"),
         ("+hydra.x=1", "+hydra.x=1 in run/overrides.yaml: could read outside"),
@@ -117,6 +122,71 @@ def test_a_cache_without_corpora_is_replaced(folder: Path, tmp_path: Path, overr
     (cache / "text-1" / "corpus.json").touch()
     config, _ = resolve_resume(compose([f"resume={folder}"]), [f"resume={folder}"])
     assert config.data.cache == str(cache)
+
+
+def test_a_link_that_leads_out_is_not_followed(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    outside = tmp_path_factory.mktemp("outside") / "log"
+    outside.write_text("theirs")
+    (folder / "train.log").unlink()
+    (folder / "train.log").symlink_to(outside)
+    assert "folder: run has a link that leads out of it, train.log: refused" in refused(
+        "train.py", "resume=run", "trainer.max_epochs=3"
+    )
+    assert outside.read_text() == "theirs"
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "overrides.yaml"])
+def test_a_file_that_unfolds_is_refused(folder: Path, name: str) -> None:
+    layers = [f"l{i}: &l{i} [{', '.join([f'*l{i - 1}'] * 9)}]" for i in range(1, 10)]
+    (folder / name).write_text("\n".join(["model: {}", "l0: &l0 [x, x]", *layers]))
+    assert f"run/{name} is damaged, or a stranger's: it has YAML aliases" in refused("train.py", "resume=run")
+
+
+def test_a_network_of_other_sizes_takes_no_memory(folder: Path) -> None:
+    content = yaml.safe_load((folder / "config.yaml").read_text())
+    content["model"] |= {"d_model": 1_000_000, "n_layers": 100}
+    (folder / "config.yaml").write_text(yaml.safe_dump(content))
+    assert "belongs to another network" in refused("generate.py", "run=run")
+
+
+def test_a_checkpoint_removes_no_file_elsewhere(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Lightning removes the best checkpoint of before, whose path is in the checkpoint."""
+    victim = tmp_path_factory.mktemp("victim")
+    last = folder / "checkpoints" / "last.ckpt"
+    content = torch.load(last, weights_only=True)
+    (state,) = (
+        state for state in content["callbacks"].values() if state.get("best_model_path", "").endswith("best.ckpt")
+    )
+    path = f"{folder / 'checkpoints'}/../../../{victim.name}"
+    score = torch.tensor(1e9)
+    state |= {"best_model_path": path, "kth_best_model_path": path, "best_k_models": {path: score}}
+    state |= {"best_model_score": score, "kth_value": score}
+    del state["dirpath"]
+    torch.save(content, last)
+    run_script("train.py", "resume=run", "trainer.max_epochs=3")
+    assert victim.is_dir()
+    assert (folder / "checkpoints" / "best.ckpt").is_file()
+
+
+def test_a_run_that_was_moved_keeps_its_best(folder: Path) -> None:
+    content = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+    (state,) = (
+        state for state in content["callbacks"].values() if state.get("best_model_path", "").endswith("best.ckpt")
+    )
+    state |= {"best_model_score": torch.tensor(0.5), "kth_value": torch.tensor(0.5)}
+    state["best_k_models"] = {path: torch.tensor(0.5) for path in state["best_k_models"]}
+    torch.save(content, folder / "checkpoints" / "last.ckpt")
+    before = (folder / "checkpoints" / "best.ckpt").read_bytes()
+    run_script("train.py", "resume=run", "trainer.max_epochs=3")
+    assert (folder / "checkpoints" / "best.ckpt").read_bytes() == before
+    assert Run(folder).result["best"] == 0.5
+
+
+def test_a_trial_outside_its_search_is_a_run(folder: Path) -> None:
+    (folder / "job.json").write_text('{"overrides": [], "values": {}, "trial": 3}')
+    run_script("train.py", "resume=run", "trainer.max_epochs=3")
+    assert Run(folder).result["steps"] == 24
+    assert {path.name for path in Path().iterdir()} == {"run", "weights.pt"}
 
 
 def test_what_is_typed_is_the_users(folder: Path) -> None:

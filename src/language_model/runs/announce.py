@@ -38,19 +38,26 @@ def log_start(run: Plan) -> float:
     uniform = math.log(data.tokenizer.vocab_size)
     untrained = untrained_loss(run.module, data, device)
     devices = f" × {trainer.world_size}" if trainer.world_size > 1 else ""
-    epochs = f", {trainer.max_epochs} epochs" if (trainer.max_epochs or -1) > 0 else ""
-    total = f"{run.steps:,} in all" if run.steps else "no limit"
     batches = limited(len(data.train_batch_sampler()), limit_that_counts(config.trainer, "train")[1])
+    if trainer.fast_dev_run:
+        total = f"{int(config.trainer.fast_dev_run)} in all, as trainer.fast_dev_run says"
+    elif run.steps:
+        epochs = run.steps / math.ceil(batches / trainer.accumulate_grad_batches)
+        total = f"{run.steps:,} in all ({epochs:.3g} epochs)"
+    else:
+        total = "no limit"
+    whole = len(data.train_batch_sampler())
+    in_epoch = f"{batches:,} batches an epoch" if batches == whole else f"{batches:,} of {whole:,} batches an epoch"
     tokens = data.batch_size * data.seq_len * trainer.world_size * trainer.accumulate_grad_batches
     split = f" and {data.num_val_tokens:,} for validation" if data.has_validation else ""
     lines = {
         "device": f"{describe_device(device)}{devices}, {', '.join(describe_arithmetic(config))}",
         "corpus": f"{data.name}: {data.num_train_tokens:,} tokens{split}, vocabulary {data.tokenizer.vocab_size:,}",
         "windows": f"{data.train_batch_sampler().num_windows:,} of {data.seq_len} tokens, stride {data.stride}",
-        "steps": f"{batches:,} batches an epoch, {total}{epochs}, {tokens:,} tokens a step",
+        "steps": f"{in_epoch}, {total}, {tokens:,} tokens a step",
         "model": f"{sum(p.numel() for p in run.module.network.parameters()):,} parameters",
         "loss": f"uniform baseline ln {data.tokenizer.vocab_size} = {uniform:.4f}, untrained {untrained:.4f}",
-        "folder": display_path(run.folder),
+        "folder": "none, as trainer.fast_dev_run says" if trainer.fast_dev_run else display_path(run.folder),
     }
     for name, line in lines.items():
         log.info(f"{name:8} {line}")
@@ -62,7 +69,10 @@ def log_start(run: Plan) -> float:
         )
     if run.previous is not None:
         left = "; it is trained: what comes after the training is left" if run.is_trained else ""
-        log.info(f"resuming from {display_path(run.previous.checkpoint)}{left}")
+        at = f"step {run.previous.content['global_step']:,}"
+        log.info(f"resuming from {display_path(run.previous.checkpoint)}, {at}{left}")
+    elif run.checkpoint is not None:
+        log.info(f"starting from {display_path(run.checkpoint)}")
     return untrained
 
 
@@ -119,7 +129,7 @@ def log_end(config: DictConfig, result: dict[str, Any]) -> None:
         when = f"in epoch {result['epochs']}" if inside else f"after epoch {result['epochs'] - 1}"
         log.info(f"stopped  {when}: {result['stopped_early']}")
     if "best" in result:
-        saved = display_path(Path(result["best_checkpoint"]))
+        saved = display_path(folder / "checkpoints" / Path(result["best_checkpoint"]).name)
         log.info(f"best     {result['monitor']} {result['best']:.4f}, saved in {saved}")
     elif config.callbacks.get("best") and config.monitor not in metrics:
         log.info(f"best     none is saved: {config.monitor} was not logged; last.ckpt holds the last weights")
@@ -127,7 +137,7 @@ def log_end(config: DictConfig, result: dict[str, Any]) -> None:
     speed = f"; {result['tokens_per_sec']:,.0f} tokens/s" if result.get("tokens_per_sec") else ""
     speed += f", {result['mfu']:.1%} of the device's peak" if result.get("mfu") else ""
     speed += ", without validations and saves" if speed else ""
-    log.info(f"time     {result['seconds']:.1f} s for {result['steps']:,} steps, all starts together{speed}")
+    log.info(f"time     {result['seconds']:.1f} s to step {result['steps']:,}, all starts of this run together{speed}")
     if "grad_norm_max" in result:
         clip, number = config.trainer.gradient_clip_val, result.get("skipped_steps")
         skipped = f"; {number:,} steps skipped, whose gradient overflowed" if number else ""
@@ -140,7 +150,6 @@ def log_end(config: DictConfig, result: dict[str, Any]) -> None:
         log.info(f"sample   {result.get('sample_description') or 'of the last weights'}:")
         log.info("\n" + result["sample"].strip("\n"))
     if config.trainer.fast_dev_run:
-        log.info("folder   nothing is written: trainer.fast_dev_run")
         return
     if "undecayed" in result:
         log_undecayed(config, result)

@@ -15,6 +15,7 @@ from language_model.runs.config import ConfigError, build, errors_for_key, one_l
 from language_model.runs.monitor import MonitorCheck, monitored
 from language_model.terminal import log
 from language_model.training import hardware
+from language_model.training.final_validation import FinalValidation
 from language_model.training.module import LanguageModel
 from language_model.training.schedule import limit_that_counts, limited, steps_in_run, with_cooldown
 
@@ -53,6 +54,8 @@ def choose_arithmetic(config: DictConfig) -> None:
         config.optimizer.fused = hardware.can_fuse_optimizer(device, precision)
     if precision == "16-mixed" and config.optimizer.get("fused"):
         raise ConfigError("optimizer.fused=true: not possible with trainer.precision=16-mixed; set it to false")
+    if precision == "16-mixed" and device == "cpu":
+        raise ConfigError("trainer.precision=16-mixed: not on a CPU; allowed: bf16-mixed, 32-true, bf16-true, 64-true")
 
 
 def build_trainer(config: DictConfig) -> tuple[dict[str, Callback], L.Trainer]:
@@ -70,7 +73,7 @@ def build_trainer(config: DictConfig) -> tuple[dict[str, Callback], L.Trainer]:
         config,
         "trainer",
         enable_progress_bar=any(isinstance(callback, ProgressBar) for callback in callbacks.values()),  # or it adds one
-        callbacks=[MonitorCheck(monitored(config)), *callbacks.values()],
+        callbacks=[FinalValidation(), MonitorCheck(monitored(config)), *callbacks.values()],
         logger=[logger for logger in build(config, "logger").values() if logger],
         plugins=[build(config, "checkpoint_io")],
     )
@@ -91,6 +94,11 @@ def choose_steps(config: DictConfig, data: TokenData) -> int | None:
         raise ConfigError(
             "total_steps: the schedule needs an end; set trainer.max_epochs, trainer.max_steps or total_steps"
         )
+    if steps is not None and steps < settings.max_steps:
+        log.warning(
+            f"trainer.max_steps={settings.max_steps}: the run ends before, at step {steps:,}, by "
+            f"trainer.max_epochs={settings.max_epochs}; to lift that: trainer.max_epochs=-1"
+        )
     return steps
 
 
@@ -104,7 +112,7 @@ def choose_warmup(config: DictConfig, overrides: Sequence[str], before: dict[str
         return
     config.schedule.warmup_steps = before.get(key, config.schedule.warmup_steps)
     if config.schedule.warmup_steps > total:
-        shorter = total // 10
+        shorter = max(1, total // 10)
         longer = f"{config.schedule.warmup_steps} would be more than its {total}"
         log.info(f"warmup   {shorter} steps, a tenth of the schedule: {longer}")
         config.schedule.warmup_steps = shorter

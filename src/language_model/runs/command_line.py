@@ -11,10 +11,11 @@ import hydra
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from language_model.files import ROOT
 from language_model.runs.config import ConfigError, did_you_mean, explain_interpolation, flatten, one_line
@@ -38,7 +39,12 @@ KEYS_ELSEWHERE = {
     "learning_rate": "optimizer.lr",
     "log_interval": "trainer.log_every_n_steps",
     "lr_decay_iters": "total_steps",
-    "max_iters": "trainer.max_steps",
+    "max_iters": "trainer.max_steps, with trainer.max_epochs=-1",
+    "epochs": "trainer.max_epochs",
+    "eval_only": "scripts/evaluate.py",
+    "gpus": "trainer.devices",
+    "optimized_metric": "monitor",
+    "wandb_log": "a file conf/logger/wandb.yaml: docs/extend.md has it",
     "n_embd": "model.d_model",
     "n_head": "model.n_heads",
     "n_layer": "model.n_layers",
@@ -52,6 +58,9 @@ KEYS_ELSEWHERE = {
     "test": "scripts/evaluate.py, after training",
     "train": "scripts/train.py to train, scripts/evaluate.py to evaluate",
 }
+
+# The same for the scripts that take a trained run.
+KEYS_OF_TRAINED_RUNS = {"ckpt_path": "checkpoint", "init_from": "run", "out_dir": "run", "device": "accelerator"}
 
 # Choices of lightning-hydra-template, and how the same is done here.
 CHOICES_ELSEWHERE = {
@@ -108,29 +117,31 @@ def entry_point(
         hydra_main = hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(job)
 
         def main() -> None:
-            check_options(sys.argv[1:])
-            sys.argv[1:] = [quote_override(argument, literal) for argument in sys.argv[1:]]
+            sys.argv[1:] = prepare_arguments(sys.argv[1:], literal)
             if traceback_wanted:
-                return hydra_main()
-            os.environ |= {
-                "HYDRA_FULL_ERROR": "1",
-                ONE_LINE: "1",
-            }  # makes Hydra raise instead of printing several lines
-            try:
                 hydra_main()
-            except KeyboardInterrupt:
-                sys.exit(130)
-            except (ConfigError, HydraException, OmegaConfBaseException, ValueError) as error:
-                if type(error) is ValueError and "Config group override" not in str(error):  # a fault in the code
-                    raise
-                sys.exit(f"error: {explain_error(error, config_name, sys.argv[1:])}")
-            finally:
-                os.environ["HYDRA_FULL_ERROR"] = "0"
-                del os.environ[ONE_LINE]
+            else:
+                run_hydra(hydra_main, config_name)
 
         return main
 
     return decorate
+
+
+def run_hydra(hydra_main: Callable[[], None], config_name: str) -> None:
+    """Run Hydra's main function; its errors, and those of a sweep, end the process with one line."""
+    os.environ |= {"HYDRA_FULL_ERROR": "1", ONE_LINE: "1"}  # makes Hydra raise instead of printing several lines
+    try:
+        hydra_main()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (ConfigError, HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
+        if type(error) is ValueError and "Config group override" not in str(error):  # a fault in the code
+            raise
+        sys.exit(f"error: {explain_error(error, config_name, sys.argv[1:])}")
+    finally:
+        os.environ["HYDRA_FULL_ERROR"] = "0"
+        del os.environ[ONE_LINE]
 
 
 def run_task(task: Callable[[DictConfig], None], config: DictConfig, traceback_wanted: bool) -> None:
@@ -146,14 +157,16 @@ def run_task(task: Callable[[DictConfig], None], config: DictConfig, traceback_w
         sys.exit(1 if int(os.environ.get("LOCAL_RANK", "0")) else f"error: {error}")  # the first process says it
 
 
-def check_options(arguments: Sequence[str]) -> None:
-    """Exit with one line for an option that Hydra does not have, such as ``--batch_size=32``."""
+def prepare_arguments(arguments: Sequence[str], literal: tuple[str, ...]) -> list[str]:
+    """Return the command line as Hydra can read it; exit with one line for an option such as ``--batch_size=32``."""
     for argument in arguments:
         name = argument.partition("=")[0]
         if name.startswith("-") and name not in OPTIONS:
             key = name.lstrip("-").replace("-", "_")
             here = KEYS_ELSEWHERE.get(key, key)
             sys.exit(f"error: {argument}: settings are written without dashes, as {here.split(',')[0]}=...")
+    multirun = [argument for argument in arguments if argument in ("-m", "--multirun")]  # argparse wants it first
+    return [*multirun, *(quote_override(argument, literal) for argument in arguments if argument not in multirun)]
 
 
 def quote_override(argument: str, literal: tuple[str, ...] = ()) -> str:
@@ -186,6 +199,9 @@ def explain_error(error: Exception, config_name: str, arguments: Sequence[str]) 
     if nulls and "Config group override must be" in str(error):
         group = nulls[0].removesuffix("=null")
         return f"{nulls[0]}: a file of conf/{group} is needed; choose from {', '.join(choices(group))}"
+    if isinstance(error, OverrideParseException):
+        quoted = "settings are written key=value, with quotes around a value with spaces"
+        return f"{error.override}: {one_line(str(error).split(' See https')[0]) if '=' in error.override else quoted}"
     unknown = re.search(r"Could not override '([^']+)'", str(error))
     explained = explain_unknown_key(unknown[1], config_name, arguments) if unknown else None
     return explained or one_line(str(error))
@@ -217,8 +233,9 @@ def explain_unknown_key(key: str, config_name: str, arguments: Sequence[str]) ->
         return None
     parent, _, name = key.rpartition(".")
     siblings = OmegaConf.select(known, parent) if parent else known
-    if not parent and name in KEYS_ELSEWHERE:
-        return f"{key}: unknown key; here it is {KEYS_ELSEWHERE[name]}"
+    elsewhere = KEYS_ELSEWHERE if "trainer" in known else KEYS_OF_TRAINED_RUNS
+    if name in elsewhere:
+        return f"{key}: unknown key; here it is {elsewhere[name]}"
     same_name = [other for other in flatten(OmegaConf.to_container(known)) if other.endswith(f".{name}")]
     return f"{key}: unknown key{did_you_mean(name, siblings or (), same_name)}"
 

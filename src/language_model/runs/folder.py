@@ -12,11 +12,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import yaml
 from filelock import FileLock, Timeout
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
+from yaml import AliasEvent, YAMLError
 
 from language_model.files import ROOT, display_path, modified_time, write_text
 from language_model.runs.config import (
@@ -76,8 +77,11 @@ def read_saved_config(folder: Path) -> dict[str, Any]:
 def read_yaml(file: Path) -> Any:
     """Return what a YAML file holds; ConfigError if it is missing or damaged."""
     try:
+        text = file.read_text(encoding="utf-8")
+        if any(isinstance(event, AliasEvent) for event in yaml.parse(text)):  # a few of them can unfold to gigabytes
+            raise ConfigError(f"{display_path(file)} is damaged, or a stranger's: it has YAML aliases")
         return OmegaConf.to_container(OmegaConf.load(file))
-    except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
+    except (OSError, ValueError, YAMLError, OmegaConfBaseException, RecursionError) as error:
         raise ConfigError(f"{display_path(file)} is damaged: {one_line(str(error))}") from error
 
 

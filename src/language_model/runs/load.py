@@ -59,10 +59,11 @@ def load_run(
     content = load_checkpoint(file, "cpu", key="checkpoint")
     if config.model.get("attention") and not as_trained:  # it was chosen for the machine that trained the run
         config.model.attention = best_attention(torch.device(device).type, config.trainer.get("precision"), 0.0)
+    weights = {str(name).removeprefix("network."): weight for name, weight in content["state_dict"].items()}
+    check_size(config, weights, file)
     network = build(config, "model")
     if not hasattr(network, "max_seq_len"):  # which generation asks for
         network.max_seq_len = config.data.get("seq_len")
-    weights = {str(name).removeprefix("network."): weight for name, weight in content["state_dict"].items()}
     if different := difference(weights, network.state_dict()):
         raise ConfigError(f"checkpoint: {display_path(file)} belongs to another network: {different}")
     network.load_state_dict(weights)
@@ -72,9 +73,23 @@ def load_run(
         return LoadedRun(network, load_tokenizer(folder / "tokenizer.json"), config, folder, file)
 
 
+def check_size(config: DictConfig, weights: dict[str, torch.Tensor], file: Path) -> None:
+    """Raise ConfigError for a network of other sizes than the weights, before it takes memory."""
+    try:
+        with torch.device("meta"):
+            network = build(config, "model")
+    except ConfigError:
+        return  # not every network can be built without memory; then it is compared afterwards
+    if different := difference(weights, network.state_dict()):
+        raise ConfigError(f"checkpoint: {display_path(file)} belongs to another network: {different}")
+
+
 def find_checkpoint(folder: Path, checkpoint: str) -> Path:
     """Return the file of a run's checkpoint; ``last`` for ``best``, with a warning, if the run has judged none yet."""
     file = Path(checkpoint) if checkpoint not in ("best", "last") else folder / "checkpoints" / f"{checkpoint}.ckpt"
+    owner = file.resolve().parent.parent
+    if (owner / "config.yaml").is_file() and owner != folder.resolve():
+        raise ConfigError(f"checkpoint={checkpoint}: of another run than {display_path(folder)}: add run={owner}")
     if file.is_file():
         return file
     last = folder / "checkpoints" / "last.ckpt"

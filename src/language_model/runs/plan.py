@@ -12,7 +12,6 @@ No run folder is created while a plan is made, so a mistake in the settings leav
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -179,8 +178,8 @@ def check_resume(run: Plan) -> None:
     if run.checkpoint is not None and not run.is_finished:
         content = run.previous.content if run.previous else load_checkpoint(run.checkpoint, key="resume")
         done = check_checkpoint_fits(run.checkpoint, content, run.module, run.steps, is_own=run.previous is not None)
-        if run.previous is not None:
-            warn_of_stretched_schedule(run, done, run.previous.settings.get("total_steps"))
+        before = run.previous.settings.get("total_steps") if run.previous is not None else None
+        warn_of_rising_rate(run, content, done, before)
 
 
 def look_again(run: Plan) -> Plan:
@@ -195,21 +194,22 @@ def look_again(run: Plan) -> Plan:
     return now
 
 
-def warn_of_stretched_schedule(run: Plan, done: int, total_before: int | None) -> None:
-    """Warn if the learning rate rises because the schedule of a resumed run now spans more steps than before.
+def warn_of_rising_rate(run: Plan, content: dict[str, Any], done: int, total_before: int | None) -> None:
+    """Warn if the first step has a higher learning rate than it would have had when the checkpoint was saved.
 
     Args:
         run: the plan.
-        done: steps that the run has taken.
-        total_before: steps that the schedule spanned so far; None if it was without end.
+        content: of the checkpoint that training continues from.
+        done: the steps in it.
+        total_before: steps that the schedule spanned so far; None if it was without end, or is not known.
     """
-    schedule, total = run.module.schedule, run.config.total_steps
-    if total_before in (None, total) or not isinstance(schedule, partial) or "total_steps" not in schedule.keywords:
-        return
-    before = schedule.func(done, **{**schedule.keywords, "total_steps": total_before})
-    if schedule(done) > 1.05 * before:
+    before, now = content["optimizer_states"][0]["param_groups"][0]["lr"], run.module.schedule(done)
+    if now > 1.05 * before:
+        total = run.config.total_steps
+        why = f": the schedule is stretched from {total_before:,} to {total:,} steps" if total_before != total else ""
+        keep = total_before or done
         log.warning(
-            f"the schedule is stretched from {total_before:,} to {total:,} steps: at step {done:,} the learning rate "
-            f"rises from {before:.2g} to {schedule(done):.2g}. To keep it at {before:.2g}: total_steps={total_before}; "
-            f"to let it fall from there to 0: total_steps={total_before} cooldown_start={done}"
+            f"at step {done:,} the learning rate rises from {before:.2g} to {now:.2g}{why if total_before else ''}. "
+            f"To keep it at {before:.2g}: total_steps={keep}; to let it fall from there to 0: total_steps={keep} "
+            f"cooldown_start={done}"
         )

@@ -81,7 +81,7 @@ def resolve_resume(config: DictConfig, typed: Sequence[str]) -> tuple[DictConfig
     check_overrides(kept, file)
     overrides = [*kept, *typed]
     config = compose(overrides)
-    check_offered(OmegaConf.to_container(config), display_path(file), typed)  # type: ignore[arg-type]  # a dict
+    check_offered(as_dict(config), display_path(file), typed)
     config.folder = str(folder)
     stay_in_folder(config, folder, file, typed)
     return config, overrides
@@ -117,6 +117,9 @@ def find_previous_run(folder: Path) -> PreviousRun | None:
     if rank_zero_only.rank == 0:
         with errors_for_key("folder"):
             lock_folder(folder)  # and only then look: another process may have been writing here
+    for path in folder.rglob("*"):
+        if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
+            raise ConfigError(f"folder: {display_path(folder)} has a link that leads out of it, {path.name}: refused")
     if not (folder / "config.yaml").is_file():
         return None  # a sweep has prepared the folder, or a run was killed before it wrote its settings
     if rank_zero_only.rank == 0:

@@ -10,7 +10,6 @@ What is typed on the command line is not checked: it is the user's.
 """
 
 import pkgutil
-import re
 from collections.abc import Iterator, Sequence
 from inspect import isclass
 from pathlib import Path
@@ -50,7 +49,7 @@ def check_overrides(saved: Sequence[str], file: Path) -> None:
     for override in saved:
         key, _, value = override.partition("=")
         is_path = (ROOT / "conf" / key.lstrip("+~")).is_dir() and ("/" in value or ".." in value)
-        if key.lstrip("+~").startswith("hydra") or is_path or re.search(r"\$\{[^}]*:", value):
+        if key.lstrip("+~").startswith("hydra") or is_path or ("${" in value and ":" in value):
             raise ConfigError(
                 f"{override} in {display_path(file)}: could read outside the run's folder: refused, unless you type it"
             )

@@ -58,12 +58,14 @@ def run_in_subprocess(folder: Path, launcher: str, environment: dict[str, str]) 
         environment: variables for the process, besides this one's.
     """
     errors, parent = folder / "stderr.txt", os.getppid()
+    lines: list[str] = []
     with errors.open("w", encoding="utf-8") as stderr:
         process = start_process(folder, launcher, environment, stderr)
         status = wait_for(process, parent if launcher == "JoblibLauncher" else None)
-    lines = errors.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    if not lines:
-        errors.unlink()
+    with suppress(FileNotFoundError):  # the same sweep, started twice, has the same file
+        lines = errors.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        if not lines:
+            errors.unlink()
     if status in (0, *INTERRUPTED):
         return None
     if status < 0:

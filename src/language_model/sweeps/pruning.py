@@ -30,13 +30,14 @@ class Pruning(Checkpoint):
         self._trial: Any = None
 
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
-        """Find this run's trial in the study."""
+        """Find this run's trial in the study, if it is in a search's folder."""
         number = read_job(self.folder).get("trial")
-        if number is not None and trainer.is_global_zero:
+        if number is not None and trainer.is_global_zero and (self.folder.parent / "study.log").is_file():
             from optuna.trial import Trial
 
             study = open_study(self.folder.parent, self.mode)
-            self._trial = Trial(study, study.trials[number]._trial_id)
+            if number < len(study.trials):
+                self._trial = Trial(study, study.trials[number]._trial_id)
 
     def state_dict(self) -> dict[str, Any]:
         """Return whether the trial was pruned, for a run that was killed after that."""

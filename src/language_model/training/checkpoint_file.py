@@ -46,6 +46,21 @@ def read_checkpoint(file: Path, device: str = "meta") -> dict[str, Any]:
         raise CheckpointError(f"{name} is damaged, or not a checkpoint: {reason}") from error
 
 
+def with_paths_in(content: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Return a checkpoint's content in which the files of checkpoint callbacks lie in this folder, its own.
+
+    The run may have been moved, and Lightning removes the best file of before when there is a better one.
+    """
+    for state in content.get("callbacks", {}).values():
+        if "best_model_path" in state:
+            names = {path: str(folder / Path(path).name) for path in state.get("best_k_models", {})}
+            state["best_k_models"] = {names[path]: score for path, score in state.get("best_k_models", {}).items()}
+            for key in ("best_model_path", "kth_best_model_path", "last_model_path"):
+                state[key] = str(folder / Path(state[key]).name) if state.get(key) else ""
+            state["dirpath"] = str(folder)
+    return content
+
+
 def check_archive(file: Path) -> None:
     """Raise CheckpointError unless a file is an archive of torch's, with the checksums that were written."""
     name = display_path(file)
