@@ -1,6 +1,7 @@
 """What a run logs before its first step and when it ends."""
 
 import math
+import os
 import shlex
 from fnmatch import fnmatch
 from pathlib import Path
@@ -16,7 +17,7 @@ from language_model.files import ROOT, display_path, write_json
 from language_model.runs.config import ConfigError, as_dict, flatten, one_line
 from language_model.runs.plan import Plan
 from language_model.runs.records import read_job
-from language_model.terminal import log
+from language_model.terminal import JOB_LABEL, log
 from language_model.training.hardware import describe_device
 from language_model.training.module import LanguageModel, NonFiniteError
 from language_model.training.schedule import limit_that_counts, limited
@@ -195,6 +196,8 @@ def describe_final(result: dict[str, Any]) -> str:
 
 def log_interrupted(run: Plan) -> None:
     """Log how an interrupted run can be resumed."""
+    if JOB_LABEL in os.environ:
+        return  # the sweep says how it resumes
     log.warning(f"interrupted at step {run.trainer.global_step:,}; resume with: {resume_command(run.folder)}")
 
 

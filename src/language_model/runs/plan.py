@@ -32,6 +32,7 @@ from language_model.runs.choices import (
     choose_steps,
     choose_warmup,
 )
+from language_model.runs.command_line import override_key
 from language_model.runs.config import SETTINGS, as_dict, build, check_config, check_value, errors_for_key
 from language_model.runs.folder import RUNS, choose_folder
 from language_model.runs.load import load_checkpoint
@@ -115,6 +116,7 @@ def make_plan(config: DictConfig, typed: Sequence[str]) -> Plan:
     check_value("resume", as_dict(config)["resume"], SETTINGS["resume"])
     config, overrides = resolve_resume(config, typed)
     check_config(config)
+    warn_of_sonnets(overrides)
     folder = choose_folder(config)
     config.folder = str(folder)
     previous = None if config.trainer.fast_dev_run else find_previous_run(folder)
@@ -122,6 +124,16 @@ def make_plan(config: DictConfig, typed: Sequence[str]) -> Plan:
     run = Plan(config, overrides, folder, *parts, previous)
     check_resume(run)
     return run
+
+
+def warn_of_sonnets(overrides: Sequence[str]) -> None:
+    """Warn if another text was typed with the settings of the chapter's short one."""
+    keys = {override_key(override) for override in overrides}
+    if "data.path" in keys and not keys & {"data", "experiment", "data.stride", "data.val_fraction"}:
+        log.warning(
+            "data.path without data=text: the settings are those of data=sonnets, for a short text (every window, no "
+            "validation split); for a text of your own: data=text data.path=..."
+        )
 
 
 def rehearse(config: DictConfig, overrides: Sequence[str]) -> None:

@@ -149,7 +149,7 @@ class Sweep:
     def launch(self, jobs: list[Job]) -> None:
         """Have Hydra's launcher do the jobs; log the outcome of each."""
         if jobs:
-            with self.log_outcomes([job.folder for job in jobs]):
+            with no_slurm(), self.log_outcomes([job.folder for job in jobs]):
                 for done in self.launcher.launch([job.launch_overrides for job in jobs], initial_job_idx=0):
                     _ = done.return_value  # raises an error around a job; an error in a job is in its job.json
 
@@ -194,6 +194,17 @@ class Sweep:
             raise ConfigError(
                 f"{len(unfinished)} of {len(jobs)} jobs did not finish; the same command tries them again"
             )
+
+
+@contextmanager
+def no_slurm() -> Iterator[None]:
+    """Turn submitit's error where there is no SLURM into a ConfigError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "srun" not in str(error):
+            raise
+        raise ConfigError("hydra/launcher=slurm: this machine has no SLURM (no srun); allowed: parallel") from error
 
 
 def without_hydra(config: DictConfig) -> DictConfig:
