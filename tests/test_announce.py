@@ -50,7 +50,7 @@ def test_the_last_lines_say_what_they_are_of(train, tmp_path: Path) -> None:
     share = 100 * run.result["validated_share"]
     assert f"val/loss {run.column('val/loss')[-1]:.4f} (step 11, {share:.3g}% of the split); " in run.output
     assert re.search(
-        r"\ntime     .* s for 11 steps, all starts together; .* tokens/s, without validations and", run.output
+        r"\ntime     .* s to step 11, all starts of this run together; .* tokens/s, without validations and", run.output
     )
     assert "\ngradient norm before clipping: largest " in run.output
     assert "\nsample   prompt 'Shall', temperature 0.8, last weights (step 11):\n" in run.output
