@@ -357,6 +357,15 @@ def test_without_a_best_checkpoint_nothing_is_restored(train) -> None:
     assert "last weights (step 16)" in run.result["sample_description"]
 
 
+def test_the_last_line_has_the_loss_of_the_validation_after_the_last_epoch(train) -> None:
+    early = ["callbacks.early_stopping.patience=1", "callbacks.early_stopping.min_delta=100"]
+    between = ["data.val_fraction=0.3", "monitor=train/loss_epoch", "trainer.check_val_every_n_epoch=7"]
+    run = train(*between, *early, "trainer.max_epochs=5")
+    (line,) = (line for line in run.output.splitlines() if line.startswith("Epoch   1"))
+    assert f"Val loss: {run.result['metrics']['val/loss']:.4f} | LR" in line
+    assert run.checkpoint("last")["validated_step"] == run.result["steps"] == 16
+
+
 def test_log_lines_reach_the_terminal_unwrapped(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
     with (tmp_path / "out").open("w+") as file:
         monkeypatch.setattr(terminal, "terminal", Terminal(file=file, width=20))

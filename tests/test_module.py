@@ -18,6 +18,7 @@ import language_model.training.module
 from language_model.data.tokenizer import CharTokenizer, IdTokenizer
 from language_model.data.windows import IGNORE_INDEX
 from language_model.training.checkpoint import LastCheckpoint
+from language_model.training.final_validation import FinalValidation
 from language_model.training.module import LanguageModel, NonFiniteError
 from language_model.training.optimizer import adamw, muon
 from language_model.training.schedule import constant, warmup_cosine
@@ -263,7 +264,7 @@ def test_a_run_that_stopped_early_is_validated_at_its_end(
     validations = Validations()
     by_epochs = monitor == "train/loss_epoch"
     stopping = EarlyStopping(monitor, patience=1, min_delta=100, check_on_train_epoch_end=by_epochs)
-    callbacks = [validations, stopping]
+    callbacks = [FinalValidation(), validations, stopping]
     _, trainer, _ = fit(tmp_path, Bigram(), batches(8), batches(2), callbacks=callbacks, max_epochs=9, **intervals)
     assert trainer.global_step == steps[-1]
     assert [step for step, _ in validations.seen] == steps

@@ -1,6 +1,21 @@
 """The validation after a run's last step, which Lightning has only where the intervals happen to end."""
 
+from typing import Any
+
 import lightning as L
+from lightning.pytorch.callbacks import Callback
+
+
+class FinalValidation(Callback):
+    """Validates at the end of training, if a callback ended the run at the end of an epoch, where none was due.
+
+    It is the first callback, so that what the others write and save at the end has the validation.
+    """
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Validate, unless the last step was validated."""
+        if trainer.enable_validation and pl_module.validated_step != trainer.global_step:
+            validate_after_the_epoch(trainer)
 
 
 def ends_with_this_batch(trainer: L.Trainer) -> bool:

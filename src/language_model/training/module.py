@@ -15,11 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from language_model.data.tokenizer import Tokenizer
 from language_model.data.windows import IGNORE_INDEX
-from language_model.training.final_validation import (
-    ends_with_this_batch,
-    validate_after_the_epoch,
-    validate_after_this_batch,
-)
+from language_model.training.final_validation import ends_with_this_batch, validate_after_this_batch
 from language_model.training.mean import Mean, accumulation_dtype
 
 CHECKPOINT_FORMAT = 1  # to be raised when checkpoints change so that `load_run` must distinguish them
@@ -194,11 +190,6 @@ class LanguageModel(L.LightningModule):
         else:
             steps = math.ceil(float(self.epoch_loss.weight) / self.trainer.accumulate_grad_batches)
             self.unfinished_epoch = {"loss": float(mean), "steps": steps}
-
-    def on_train_end(self) -> None:
-        """Validate, if a callback ended the run at the end of an epoch, where no validation was due."""
-        if self.trainer.enable_validation and self.validated_step != self.trainer.global_step:
-            validate_after_the_epoch(self.trainer)
 
     def on_validation_epoch_start(self) -> None:
         """Reset the split's mean loss."""
