@@ -392,11 +392,11 @@ def assert_same_weights(run: Run, other: Run) -> None:
 
 
 class Failing(L.Callback):
-    """Fails in a hook, as for a full disk, after a number of steps."""
+    """Fails in a hook, as for a full disk, at or after a batch."""
 
-    def __init__(self, hook: str, step: int) -> None:
+    def __init__(self, hook: str, batches: int) -> None:
         def fail(trainer: L.Trainer, *_: object) -> None:
-            if trainer.global_step >= step:
+            if trainer.fit_loop.epoch_loop.total_batch_idx >= batches:
                 raise OSError(errno.ENOSPC, "No space left on device")
 
         setattr(self, hook, fail)
@@ -410,7 +410,7 @@ def test_a_run_that_failed_after_a_step_goes_on_as_if_it_had_not(train, hook: st
         "trainer.log_every_n_steps=1", "callbacks.last.every_n_steps=2",
     ]  # fmt: skip
     whole = train(*same, name="whole")
-    failing = f"+callbacks.failing={{_target_:test_resume.Failing,hook:{hook},step:3}}"
+    failing = f"+callbacks.failing={{_target_:test_resume.Failing,hook:{hook},batches:4}}"
     with pytest.raises(SystemExit, match="the disk is full"):
         train(*same, failing)
     run = train(*same)

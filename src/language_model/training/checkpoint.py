@@ -19,7 +19,7 @@ from language_model.files import write_errors
 from language_model.terminal import log
 from language_model.training.checkpoint_file import read_checkpoint
 from language_model.training.log_files import log_file_lengths
-from language_model.training.module import NonFiniteError
+from language_model.training.module import NonFiniteError, batches_of_unfinished_step
 from language_model.training.random_state import RandomState, get_random_state, set_random_state, to_plain_values
 
 
@@ -55,7 +55,8 @@ class LastCheckpoint(Checkpoint):
     """Saves ``last.ckpt``, from which a run resumes to the same bits as if it had never stopped.
 
     It is saved between two optimizer steps, when everything that belongs to the step before is done (its validation
-    and its logged metrics included): every `every_n_steps` steps, when the run is interrupted or fails, and at the end.
+    and its logged metrics included): every `every_n_steps` steps, when the run is interrupted or a step fails, and at
+    the end. A run that fails in what comes after a step (its validation, say) goes on from the one before.
 
     This callback also adds to every checkpoint of the run, whoever saves it, what exact resuming needs besides
     Lightning's own state: each process's random state, the position in the epoch, the latest values of the metrics,
@@ -78,8 +79,8 @@ class LastCheckpoint(Checkpoint):
         self.started = time.perf_counter()  # seconds; as if the run had never been interrupted; set by runs.fit
         self._is_trained = False
         self._saved_step = -1
-        self._between_steps = True
-        self._random_state: RandomState | None = None  # at the start of this step
+        self._start = (-1, -1)  # of this step, as `position`
+        self._random_state: RandomState | None = None  # there
         self._to_restore: list[dict[str, Any]] | None = None
         self._metrics: dict[str, torch.Tensor] = {}
 
@@ -111,10 +112,9 @@ class LastCheckpoint(Checkpoint):
         if self._to_restore is not None:  # lightning adds one where a validation was due
             trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
             self._to_restore = None
-        self._between_steps = batch_idx % trainer.accumulate_grad_batches == 0
-        if not self._between_steps:
+        if batch_idx % trainer.accumulate_grad_batches:
             return
-        self._random_state = get_random_state()
+        self._random_state, self._start = get_random_state(), position(trainer)
         if trainer.world_size == 1 or trainer.global_step % trainer.log_every_n_steps == 0:
             self._share_signal(trainer)
             if self.signal is not None:
@@ -130,17 +130,15 @@ class LastCheckpoint(Checkpoint):
             self.signal = int(trainer.strategy.reduce(number, reduce_op="max")) or None
 
     def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
-        """Save the state after the last complete step, if all processes have come here."""
-        stopped_by_lightning = isinstance(exception, SIGTERMException) and self.signal is None
-        if stopped_by_lightning:  # between two batches
-            done = trainer.fit_loop.epoch_loop.batch_progress.current.processed
-            self._between_steps = done % trainer.accumulate_grad_batches == 0
-            self._random_state = get_random_state()
+        """Save the state after the last complete step, if nothing came after it and all processes are here."""
+        stopped_by_lightning = isinstance(exception, SIGTERMException) and self.signal is None  # between two batches
+        if stopped_by_lightning and not batches_of_unfinished_step(trainer):
+            self._random_state, self._start = get_random_state(), position(trainer)
         found_late = isinstance(exception, NonFiniteError) and exception.step < trainer.global_step
-        stopped_at_once = isinstance(exception, KeyboardInterrupt) or not self._between_steps
+        stopped_at_once = isinstance(exception, KeyboardInterrupt) or self._start != position(trainer)
         alone = trainer.world_size > 1 and not isinstance(exception, SIGTERMException | NonFiniteError)
-        if self._random_state is None or stopped_at_once or found_late or alone:
-            return  # keep the one before: no step is done, or one is half done, or counted but not taken
+        if stopped_at_once or found_late or alone:
+            return  # keep the one before: of what comes with a step only a part is done, or it was not taken
         try:
             self.save(trainer)
         except OSError as error:
@@ -149,7 +147,6 @@ class LastCheckpoint(Checkpoint):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Save the final state."""
-        self._random_state = None
         self._is_trained = True
         progress, done = trainer.fit_loop.epoch_progress, trainer.fit_loop.epoch_loop.batch_progress.current.processed
         if 0 < done < trainer.num_training_batches:  # a run that goes on takes the rest of this epoch
@@ -165,8 +162,10 @@ class LastCheckpoint(Checkpoint):
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Add what exact resuming needs to any checkpoint."""
-        set_counters_between_batches(checkpoint["loops"]["fit_loop"], trainer.global_step)
-        state = to_plain_values(self._random_state or get_random_state())
+        begun = batches_of_unfinished_step(trainer)  # whose gradient is not saved: they are taken again
+        set_counters_between_batches(checkpoint["loops"]["fit_loop"], trainer.global_step, begun)
+        at_start = self._random_state if begun or self._start == position(trainer) else None
+        state = to_plain_values(at_start or get_random_state())
         states = [state] * trainer.world_size
         if trainer.world_size > 1:
             torch.distributed.all_gather_object(states, state)
@@ -193,15 +192,22 @@ def warn_of_world_size(trainer: L.Trainer, saved_by: int) -> None:
     )
 
 
-def set_counters_between_batches(fit_loop: dict[str, Any], global_step: int) -> None:
-    """Set the saved loop counters to the moment between two batches, whichever hook the save happened in.
+def position(trainer: L.Trainer) -> tuple[int, int]:
+    """Return the number of optimizer steps and of batches that a run has taken."""
+    return trainer.global_step, trainer.fit_loop.epoch_loop.batch_progress.total.processed
+
+
+def set_counters_between_batches(fit_loop: dict[str, Any], global_step: int, begun: int) -> None:
+    """Set the saved loop counters to the moment between two steps, whichever hook the save happened in.
+
+    The `begun` batches of a step that is not complete do not count.
 
     A checkpoint saved inside a hook makes Lightning skip or repeat the rest of that hook's work (a validation, the end
     of an epoch) when it resumes. Between two batches no such work is left.
     """
     batches, epochs = fit_loop["epoch_loop.batch_progress"], fit_loop["epoch_progress"]
     for counted in (batches["total"], batches["current"]):
-        counted.update(dict.fromkeys(("ready", "started", "completed"), counted["processed"]))
+        counted.update(dict.fromkeys(counted, counted["processed"] - begun))
     batches["is_last_batch"] = False
     if epochs["current"]["processed"] == epochs["current"]["started"]:  # the epoch is complete: the next one starts
         batches["current"].update(dict.fromkeys(batches["current"], 0))

@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterable
+from copy import copy
 from typing import Any
 
 import lightning as L
@@ -72,6 +73,7 @@ class LanguageModel(L.LightningModule):
         self._unchecked_step: Step | None = None  # the last step, if its gradient was not checked yet
         self._last_loss = torch.zeros(())
         self.epoch_loss = Mean()  # of the training batches
+        self._epoch_loss_before = Mean()  # of those before this step
         self.unfinished_epoch: dict[str, float] | None = None  # mean loss and steps, where a run ends inside an epoch
         self._val_loss = Mean()
         self._val_bytes: Tensor | int = 0
@@ -155,9 +157,14 @@ class LanguageModel(L.LightningModule):
                 group["lr"] = base * rate(scheduler.last_epoch)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Reset the epoch's mean loss at its first batch, and note the time, after all that callbacks do before."""
+        """Reset the epoch's mean loss at its first batch, and keep what it is at the start of a step.
+
+        Note the time, after all that callbacks do before.
+        """
         if batch_idx == 0:
             self.epoch_loss = Mean()
+        if batch_idx % self.trainer.accumulate_grad_batches == 0:
+            self._epoch_loss_before = copy(self.epoch_loss)
         self.batch_started = time.perf_counter()
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
@@ -236,7 +243,8 @@ class LanguageModel(L.LightningModule):
         NonFiniteError if the last step was not finite.
         """
         self._raise_if_non_finite(self._unchecked_step)
-        own = [float(self.epoch_loss.total), float(self.epoch_loss.weight)]
+        mean = self._epoch_loss_before if batches_of_unfinished_step(self.trainer) else self.epoch_loss
+        own = [float(mean.total), float(mean.weight)]
         checkpoint["epoch_loss"] = [own] * self.trainer.world_size
         if self.trainer.world_size > 1:
             torch.distributed.all_gather_object(checkpoint["epoch_loss"], own)
@@ -265,6 +273,12 @@ class LanguageModel(L.LightningModule):
         # A function, not an object: LambdaLR restores an object's attributes from a checkpoint.
         scheduler = LambdaLR(optimizer, lambda step: schedule(step) / peak)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def batches_of_unfinished_step(trainer: L.Trainer) -> int:
+    """Return how many batches are done of a step that accumulates more; 0 between two steps."""
+    done = trainer.fit_loop.epoch_loop.batch_progress.current.processed
+    return done % trainer.accumulate_grad_batches if done < trainer.num_training_batches else 0
 
 
 def is_asynchronous(device: torch.device) -> bool:
