@@ -17,7 +17,7 @@ from pydantic import PositiveInt
 
 from language_model.files import write_errors
 from language_model.terminal import log
-from language_model.training.checkpoint_file import read_checkpoint
+from language_model.training.checkpoint_file import read_checkpoint, with_paths_in
 from language_model.training.log_files import log_file_lengths
 from language_model.training.module import NonFiniteError, batches_of_unfinished_step
 from language_model.training.random_state import RandomState, get_random_state, set_random_state, to_plain_values
@@ -48,7 +48,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         """Return what a checkpoint holds, on the CPU; raises as `read_checkpoint`."""
-        return read_checkpoint(Path(path), "cpu")
+        return with_paths_in(read_checkpoint(Path(path), "cpu"), Path(path).resolve().parent)
 
 
 class LastCheckpoint(Checkpoint):
