@@ -14,8 +14,8 @@ help:  ## list the commands
 train: $(VENV)/installed  ## install, then train the chapter's model (args="..." for overrides)
 	$(BIN)/python scripts/train.py $(args)
 
-test: $(VENV)/installed-dev  ## install, then run the tests with coverage
-	$(BIN)/python -m pytest $(WORKERS) --cov $(args)
+test: $(VENV)/installed-dev  ## install, then run the tests (args=--cov: with coverage)
+	$(BIN)/python -m pytest $(WORKERS) $(args)
 
 test-slow: $(VENV)/installed-dev  ## the tests that take minutes
 	$(BIN)/python -m pytest $(WORKERS) -m slow $(args)

@@ -340,6 +340,7 @@ def test_the_script_names_what_it_leaves_out(sweep: Path, capsys: pytest.Capture
     assert kept["comparisons"][1]["low"] is None
 
 
+@pytest.mark.slow
 def test_a_sweep_of_a_metric_where_higher_is_better(
     multirun: Sweep, jobs: Jobs, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:

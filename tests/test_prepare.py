@@ -234,6 +234,7 @@ def preparing(folder: Path, seconds: float) -> subprocess.Popen:
     )
 
 
+@pytest.mark.slow
 def test_processes_at_once_prepare_it_once(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text(TEXT)
     said = [process.communicate(timeout=120)[0] for process in [preparing(tmp_path, 0.5) for _ in range(3)]]
@@ -243,6 +244,7 @@ def test_processes_at_once_prepare_it_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signal")
+@pytest.mark.slow
 def test_a_killed_preparation_is_done_again(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text(TEXT)
     process = preparing(tmp_path, 600)

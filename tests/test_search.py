@@ -56,6 +56,7 @@ def test_a_search_finds_what_is_good(multirun: Sweep, jobs: Jobs, tmp_path: Path
     assert f"optimizer.lr={rows[0].values['optimizer.lr']}" in summary.command(rows[0])  # all its digits
 
 
+@pytest.mark.slow
 def test_a_search_goes_on_as_if_it_had_not_stopped(multirun: Sweep, jobs: Jobs, tmp_path: Path) -> None:
     multirun(*SEARCH)
     whole = [trial.params for trial in study_of(tmp_path).trials]

@@ -42,6 +42,7 @@ def test_a_sweep_does_every_combination_and_sums_it_up(multirun: Sweep, jobs: Jo
     assert "data.batch_size" not in rows[0]  # does not vary
 
 
+@pytest.mark.slow
 def test_a_sweep_typed_again_does_what_is_left(multirun: Sweep, jobs: Jobs) -> None:
     jobs.outcome = lambda config: "out of memory" if config.seed == 2 else float(config.seed)
     message = refused_sweep(multirun, "optimizer.lr=1e-2", "seed=1,2,3")
@@ -124,6 +125,7 @@ def test_what_is_wrong_is_found_before_the_first_job(
     assert not (tmp_path / "sweep").exists()
 
 
+@pytest.mark.slow
 def test_the_picture(multirun: Sweep, jobs: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     multirun("optimizer.lr=1e-2,1e-3,1e-4", "model.position=learned,rotary", "seed=1,2")
     monkeypatch.undo()
