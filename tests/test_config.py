@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf
 from pydantic import PositiveInt
 
-from language_model.runs.command_line import entry_point, quote_override
+from language_model.runs.command_line import ONE_LINE, entry_point, quote_override
 from language_model.runs.config import ROOT, ConfigError, as_dict, build, check_config, flatten, name_or_timestamp
 
 CONF = ROOT / "conf"
@@ -163,6 +163,21 @@ def test_names() -> None:
         ("optimizer.zzz=1", "optimizer.zzz: unknown key; known: lr, betas, "),
         ("optimizer=sgd optimizer.momentun=1", "optimizer.momentun: unknown key; did you mean momentum"),
         ("model=[nano", "model=[nano: there is no such file in conf/model; choose from baby, gpt2, "),
+        ("model=null", "model=null: a file of conf/model is needed; choose from baby, gpt2, "),
+        ("learning_rate=1", "learning_rate: unknown key; here it is optimizer.lr"),
+        ("model.n_embd=64", "model.n_embd: unknown key; here it is model.d_model"),
+        ("ckpt_path=x", "ckpt_path: unknown key; here it is resume, a run or a checkpoint file"),
+        ("train=False", "train: unknown key; here it is scripts/train.py to train, scripts/evaluate.py"),
+        ("trainer=ddp", "trainer=ddp: there is no such file in conf/trainer; here it is trainer.devices=2"),
+        (
+            "logger=wandb",
+            "logger=wandb: there is no such file in conf/logger; here it is a file conf/logger/wandb.yaml",
+        ),
+        ("--batch_size=32", "--batch_size=32: settings are written without dashes, as data.batch_size=..."),
+        ("--config-name=x", "--config-name=x: there is no conf/x.yaml"),
+        ("callbacks.x._target_=y", "callbacks.x._target_: there is no such node yet; a + in front adds it"),
+        ("trainer.max_epochs 3", "trainer.max_epochs: settings are written key=value, with quotes around"),
+        ("seed=1 -m seed=x{", "seed=x{: "),
     ],
 )
 def test_an_override_that_hydra_refuses_is_told_in_one_line(
@@ -174,6 +189,28 @@ def test_an_override_that_hydra_refuses_is_told_in_one_line(
         entry_point("train")(lambda config: pytest.fail("it ran"))()
     assert str(stopped.value).startswith(f"error: {says}")
     assert "\n" not in str(stopped.value)
+
+
+def test_scripts_for_trained_runs_know_their_own_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "ckpt_path=x"])
+    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+    with pytest.raises(SystemExit, match=r"^error: ckpt_path: unknown key; here it is checkpoint$"):
+        entry_point("evaluate")(lambda config: pytest.fail("it ran"))()
+
+
+def test_only_the_first_process_says_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that Lightning starts inherit HYDRA_FULL_ERROR, which this one has set for Hydra."""
+
+    def task(config: DictConfig) -> None:
+        raise ConfigError("seed=1: not today")
+
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    monkeypatch.setenv(ONE_LINE, "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(SystemExit) as stopped:
+        entry_point("train")(task)()
+    assert stopped.value.code == 1
 
 
 def test_a_config_error_ends_a_script_with_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

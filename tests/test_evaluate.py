@@ -183,3 +183,13 @@ def test_evaluation_refuses(
     assert message.startswith(f"error: {says}")
     assert "\n" not in message
     assert [path for path in sorted(tmp_path.rglob("*")) if path.name != "corpora"] == before
+
+
+def test_another_text_does_not_replace_the_runs_own_figures(trained: Run, tmp_path: Path) -> None:
+    (tmp_path / "other.txt").write_text("Облонских " * 9, encoding="utf-8")
+    arguments = [f"run={trained.folder}", f"data.cache={tmp_path / 'corpora'}", "accelerator=cpu"]
+    run_script("evaluate.py", *arguments)
+    before = (trained.folder / "evaluation.json").read_text()
+    run_script("evaluate.py", *arguments, f"data.path={tmp_path / 'other.txt'}")
+    assert (trained.folder / "evaluation.json").read_text() == before
+    assert json.loads((trained.folder / "evaluation-other.txt.json").read_text())["data"] == "other.txt"

@@ -80,6 +80,18 @@ def test_a_short_run_shortens_a_warmup_that_was_not_typed(train) -> None:
         train(*settings, "schedule.warmup_steps=50", tiny=False, name="typed")
 
 
+def test_more_steps_than_the_epochs_have_are_said(train) -> None:
+    run = train("trainer.max_steps=99", "callbacks.sample=null")
+    assert "trainer.max_steps=99: the run ends before, at step 16, by trainer.max_epochs=2" in run.output
+
+
+def test_a_text_with_the_settings_of_the_sonnets_is_said(train, tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("abcdefgh" * 100)
+    assert (
+        "data.path without data=text: " in train(f"data.path={tmp_path / 'mine.txt'}", "callbacks.sample=null").output
+    )
+
+
 def test_the_default_run_of_one_epoch_starts() -> None:
     run = plan("trainer.max_epochs=1", "trainer.accelerator=cpu")
     assert (run.steps, run.config.schedule.warmup_steps) == (39, 3)
@@ -117,6 +129,7 @@ def test_a_schedule_longer_than_the_epochs_offers_a_command_that_works(train) ->
             "trainer.val_check_interval=1.0: with trainer.check_val",
         ),
         (["trainer.limit_train_batches=0.01"], "trainer.limit_train_batches=0.01: leaves none of an epoch's 35"),
+        (["trainer.precision=16", "optimizer.fused=false"], "trainer.precision=16-mixed: not on a CPU; allowed: bf16"),
         (["cooldown_start=1750"], "cooldown_start=1750: the run ends at step 1750; a later end is needed"),
     ],
 )

@@ -16,6 +16,7 @@ from conftest import ROOT, TINY, Jobs, Run, Script, Sweep, refused_sweep
 
 from language_model.runs.config import ConfigError
 from language_model.sweeps import job, summary
+from language_model.sweeps.sweep import no_slurm
 
 
 def test_a_sweep_does_every_combination_and_sums_it_up(multirun: Sweep, jobs: Jobs, tmp_path: Path) -> None:
@@ -123,6 +124,11 @@ def test_what_is_wrong_is_found_before_the_first_job(
     assert found in refused_sweep(multirun, *overrides)
     assert jobs.done == []
     assert not (tmp_path / "sweep").exists()
+
+
+def test_a_machine_without_slurm_is_told_in_one_line() -> None:
+    with pytest.raises(ConfigError, match="this machine has no SLURM"), no_slurm():
+        raise RuntimeError('Could not detect "srun", are you indeed on a slurm cluster?')
 
 
 @pytest.mark.slow

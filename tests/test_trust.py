@@ -83,12 +83,15 @@ def test_so_do_overrides_when_a_run_resumes(folder: Path, what: str) -> None:
     ("override", "says"),
     [
         ("callbacks.last.dirpath=..", "callbacks.last.dirpath=.. in run/overrides.yaml: is outside the run's folder"),
-        ("logger.csv.save_dir=/tmp", "logger.csv.save_dir=/tmp in run/overrides.yaml: is outside the run's folder"),
+        (
+            "logger.csv.save_dir=/elsewhere",
+            "logger.csv.save_dir=/elsewhere in run/overrides.yaml: is outside the run's folder",
+        ),
         ("logger.csv.save_dir=x", "logger.csv.save_dir=x in run/overrides.yaml: is outside the run's folder"),
         ("trainer.default_root_dir=..", "trainer.default_root_dir=.. in run/overrides.yaml: is outside the run's"),
         (
-            "logger.csv={_target_:language_model.training.log_files.TableLogger,save_dir:/tmp}",
-            "logger.csv.save_dir=/tmp in run/overrides.yaml: is outside the run's folder",
+            "logger.csv={_target_:language_model.training.log_files.TableLogger,save_dir:/elsewhere}",
+            "logger.csv.save_dir=/elsewhere in run/overrides.yaml: is outside the run's folder",
         ),
         ("+logger.csv.file=~/x", "logger.csv.file=~/x in run/overrides.yaml: is outside the run's folder"),
         ("data.path=${oc.env:HOME}", "data.path=${oc.env:HOME} in run/overrides.yaml: could read outside"),
@@ -100,7 +103,7 @@ def test_so_do_overrides_when_a_run_resumes(folder: Path, what: str) -> None:
         ("data.field=${ oc.env:HOME}", "data.field=${ oc.env:HOME} in run/overrides.yaml: could read outside"),
         ("hydra.searchpath=[file://x]", "hydra.searchpath=[file://x] in run/overrides.yaml: could read outside"),
         ("+hydra.x=1", "+hydra.x=1 in run/overrides.yaml: could read outside"),
-        ("data={cache:/tmp/x}", "data={cache:/tmp/x} in run/overrides.yaml: could read outside"),
+        ("data={cache:/elsewhere/x}", "data={cache:/elsewhere/x} in run/overrides.yaml: could read outside"),
         ("experiment=../../x", "experiment=../../x in run/overrides.yaml: could read outside"),
     ],
 )
